@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public face of block_marks: checks and dispatch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from masktrain.kernels._checks import (
+    check_at_least,
+    check_choice,
+    check_counts,
+    check_devices,
+    check_draw,
+    check_shared,
+    check_tensor,
+)
+from masktrain.kernels._dispatch import Implementation, choose
+from masktrain.kernels.block_marks import reference
+
+IMPLEMENTATIONS = (Implementation("reference", reference.block_marks, lambda *_: None),)
+
+
+def block_marks(
+    cu_tokens: Tensor,
+    n_tokens: tuple[int, ...],
+    n_marked: tuple[int, ...],
+    counter: Tensor,
+    clip_ids: Tensor,
+    *,
+    freq: int,
+    order: str,
+    sides: tuple[int, ...] = (3, 4, 5),
+    growth: str = "clipped",
+    truncation: str = "random",
+    spare_first: bool = False,
+    shared: bool = False,
+    implementation: str | None = None,
+) -> Tensor:
+    """Return (N,) uint8 marks (0 or 1) of square blocks on each clip's token grid, packed as the tokens are.
+
+    A clip draws one side c uniformly from `sides`, then block starts uniformly, and each start marks its c x
+    c block; it stops when strictly more than n_marked tokens are marked (or nothing is left to mark).
+
+    cu_tokens: (B+1,) int32, the cumulative n_tokens; each a multiple of `freq`. n_marked: per clip, at most
+    n_tokens. counter: (2,) int64 [seed, step]. clip_ids: (B,) int64. order: "time" or "freq", how tokens are
+    numbered.
+
+    growth "clipped": blocks are cut at the grid's edges, and a start may lie up to c - 1 cells before the
+    first row and column, so that c * c equally likely starts cover every cell, those at the edges too. growth
+    "wrap": starts are tokens, and the block of start s is s + stride * i + j in flat token numbers (i, j < c;
+    stride: cells of one row of the numbering), so it runs on into the next row; numbers past the end are
+    dropped. That is the arithmetic of AlanBaade/MAE-AST-Public:mae_ast/models/mae_ast.py and
+    YuanGongND/ssast:src/models/ast_models.py, and under-masks the edges. spare_first: token 0 is never
+    marked (SSAST).
+
+    truncation "random": the marks are returned as they are; the surplus is for select_tokens to drop,
+    uniformly. truncation "first": only the first n_marked marks in token order stay (both references).
+
+    Words: purpose MASK_SHAPE, stream 0 word 0 for the side, stream 1 for the starts; id 0 when shared, which
+    needs clips of equal counts. Ties between starts go to the lower one. No host sync. Raises TypeError or
+    ValueError for a wrong dtype, shape, device, count or choice.
+    """
+    op = "block_marks"
+    check_counts(op, "n_tokens", n_tokens)
+    check_counts(op, "n_marked", n_marked, len(n_tokens))
+    check_at_least(op, "freq", freq, 1)
+    for clip, (marked, tokens) in enumerate(zip(n_marked, n_tokens, strict=True)):
+        if tokens % freq:
+            raise ValueError(
+                f"{op}: n_tokens must be multiples of freq = {freq}, received {tokens} for clip {clip}."
+            )
+        if marked > tokens:
+            raise ValueError(
+                f"{op}: n_marked must be at most the {tokens} tokens of clip {clip}, received {marked}."
+            )
+    check_tensor(op, "cu_tokens", cu_tokens, (torch.int32,), (len(n_tokens) + 1,))
+    check_draw(op, counter, clip_ids, len(n_tokens))
+    check_choice(op, "order", order, ("time", "freq"))
+    check_choice(op, "growth", growth, ("clipped", "wrap"))
+    check_choice(op, "truncation", truncation, ("random", "first"))
+    if not isinstance(sides, tuple) or not sides:
+        raise TypeError(f"{op}: sides must be a tuple of at least one int, received {sides!r:.80}.")
+    for side in sides:
+        check_at_least(op, "each of sides", side, 1)
+    check_devices(op, cu_tokens=cu_tokens, counter=counter, clip_ids=clip_ids)
+    if shared:
+        check_shared(op, n_tokens=n_tokens, n_marked=n_marked)
+    choice = choose(op, IMPLEMENTATIONS, cu_tokens, request=implementation)
+    return choice.function(
+        cu_tokens,
+        n_tokens,
+        n_marked,
+        counter,
+        clip_ids,
+        freq=freq,
+        order=order,
+        sides=sides,
+        growth=growth,
+        truncation=truncation,
+        spare_first=spare_first,
+        shared=shared,
+    )

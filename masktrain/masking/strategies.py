@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masking strategies that need nothing but the token grid: random tokens, chunks, whole frames.
+
+A strategy is a frozen config, whose fields are the recipe's fields under `masking`, with a method that turns
+the tokens of a batch and the step's key into a MaskPlan. `needs` says what else it wants to see ("nothing"
+here).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from masktrain.errors import ConfigError
+from masktrain.kernels.block_marks import block_marks
+from masktrain.kernels.select_tokens import select_tokens
+from masktrain.masking.plan import cumulative_counts, make_plan, visible_count
+from masktrain.types import MaskPlan, StepKey, TokenLayout
+
+
+def _check_ratio(mask_ratio: object) -> None:
+    if not isinstance(mask_ratio, int | float) or not 0 < mask_ratio < 1:
+        raise ConfigError(
+            f"masking.mask_ratio: the share of masked tokens must lie between 0 and 1, both excluded; "
+            f"received {mask_ratio!r}. Most recipes use 0.75."
+        )
+
+
+def _check_choice(field: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"masking.{field}: {value!r} is not known; allowed: {', '.join(allowed)}.")
+
+
+def _check_equal_lengths(layout: TokenLayout) -> None:
+    if len(set(layout.lengths)) > 1:
+        raise ConfigError(
+            f"masking.shared_in_batch: one mask for the batch needs clips of equal length, received clips of "
+            f"{min(layout.lengths)} to {max(layout.lengths)} tokens. Set masking.shared_in_batch=false, or "
+            f"bring the clips to one length."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomMasking:
+    """Tokens masked uniformly at random, an exact count per clip.
+
+    mask_ratio: share of masked tokens, in (0, 1). shared_in_batch: one mask for all clips of the batch.
+    """
+
+    name: ClassVar[str] = "random"
+    needs: ClassVar[str] = "nothing"
+
+    mask_ratio: float = 0.75
+    shared_in_batch: bool = False
+
+    def __post_init__(self) -> None:
+        _check_ratio(self.mask_ratio)
+
+    def plan(self, layout: TokenLayout, key: StepKey) -> MaskPlan:
+        """Return the mask of one batch."""
+        if self.shared_in_batch:
+            _check_equal_lengths(layout)
+        n_visible = tuple(visible_count(n, self.mask_ratio) for n in layout.lengths)
+        visible, masked = select_tokens(
+            layout.cu_tokens,
+            layout.lengths,
+            n_visible,
+            key.counter,
+            layout.clip_ids,
+            shared=self.shared_in_batch,
+        )
+        return make_plan(layout, visible, masked, n_visible)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkMasking:
+    """Square chunks of tokens masked until the count is reached; each clip draws one side for all its chunks.
+
+    mask_ratio: share of masked tokens, in (0, 1). sides: the sides to choose from, in tokens. growth:
+    "clipped" cuts chunks at the grid's edges; "wrap" lets them run on into the next row, as SSAST and MAE-AST
+    do. truncation: "random" drops the surplus uniformly; "first" drops it at the end of the token order, as
+    they do. spare_first: token 0 is never masked (SSAST). shared_in_batch: one mask for all clips of the
+    batch (MAE-AST).
+    """
+
+    name: ClassVar[str] = "chunk"
+    needs: ClassVar[str] = "nothing"
+
+    mask_ratio: float = 0.75
+    sides: tuple[int, ...] = (3, 4, 5)
+    growth: Literal["clipped", "wrap"] = "clipped"
+    truncation: Literal["random", "first"] = "random"
+    spare_first: bool = False
+    shared_in_batch: bool = False
+
+    def __post_init__(self) -> None:
+        _check_ratio(self.mask_ratio)
+        if not isinstance(self.sides, tuple) or not self.sides:
+            raise ConfigError(
+                f"masking.sides: expected at least one side such as (3, 4, 5), received {self.sides!r}."
+            )
+        if any(type(side) is not int or side < 1 for side in self.sides):
+            raise ConfigError(
+                f"masking.sides: sides are whole numbers of at least 1, received {self.sides!r}."
+            )
+        _check_choice("growth", self.growth, ("clipped", "wrap"))
+        _check_choice("truncation", self.truncation, ("random", "first"))
+
+    def plan(self, layout: TokenLayout, key: StepKey) -> MaskPlan:
+        """Return the mask of one batch."""
+        if self.shared_in_batch:
+            _check_equal_lengths(layout)
+        n_visible = tuple(visible_count(n, self.mask_ratio) for n in layout.lengths)
+        marks = block_marks(
+            layout.cu_tokens,
+            layout.lengths,
+            tuple(n - v for n, v in zip(layout.lengths, n_visible, strict=True)),
+            key.counter,
+            layout.clip_ids,
+            freq=layout.grid.freq,
+            order=layout.grid.order,
+            sides=self.sides,
+            growth=self.growth,
+            truncation=self.truncation,
+            spare_first=self.spare_first,
+            shared=self.shared_in_batch,
+        )
+        visible, masked = select_tokens(
+            layout.cu_tokens,
+            layout.lengths,
+            n_visible,
+            key.counter,
+            layout.clip_ids,
+            classes=marks,
+            shared=self.shared_in_batch,
+        )
+        return make_plan(layout, visible, masked, n_visible)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameMasking:
+    """Whole time columns masked: all tokens of a column together. Where a token is a column, RandomMasking.
+
+    mask_ratio: share of masked columns, in (0, 1).
+    """
+
+    name: ClassVar[str] = "frame"
+    needs: ClassVar[str] = "nothing"
+
+    mask_ratio: float = 0.75
+
+    def __post_init__(self) -> None:
+        _check_ratio(self.mask_ratio)
+
+    def plan(self, layout: TokenLayout, key: StepKey) -> MaskPlan:
+        """Return the mask of one batch."""
+        grid, cu_tokens = layout.grid, layout.cu_tokens
+        kept_columns = tuple(visible_count(c, self.mask_ratio) for c in layout.columns)
+        cu_columns = cumulative_counts(layout.columns, cu_tokens.device)
+        _, hidden = select_tokens(cu_columns, layout.columns, kept_columns, key.counter, layout.clip_ids)
+        column_hidden = torch.zeros(sum(layout.columns), dtype=torch.uint8, device=cu_tokens.device)
+        column_hidden[hidden] = 1
+
+        token = torch.arange(sum(layout.lengths), dtype=torch.int32, device=cu_tokens.device)
+        clip = torch.searchsorted(cu_tokens, token, right=True) - 1
+        local = token - cu_tokens[clip]
+        first = cu_columns[clip]
+        column = local // grid.freq if grid.order == "time" else local % (cu_columns[clip + 1] - first)
+        n_visible = tuple(grid.freq * c for c in kept_columns)
+        visible, masked = select_tokens(
+            cu_tokens,
+            layout.lengths,
+            n_visible,
+            key.counter,
+            layout.clip_ids,
+            classes=column_hidden[first + column],
+        )
+        return make_plan(layout, visible, masked, n_visible)
