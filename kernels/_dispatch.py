@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which implementation of an op serves here, and why the others were passed over.
 
-An implementation is a name ("triton", "native", "reference"), a function, and a predicate that answers either None
-(it can serve these tensors) or one sentence why it cannot. An explicit request that cannot be met raises that
-sentence; it never falls back.
+An implementation is a name ("triton", "native", "reference"), a function, and a predicate that answers either
+None (it can serve these tensors) or one sentence why it cannot. An explicit request that cannot be met raises
+that sentence; it never falls back.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 ENV = "MASKTRAIN_KERNELS"
 NAMES = ("triton", "native", "reference")
@@ -56,12 +58,14 @@ def requested() -> str | None:
     return value
 
 
-def choose(op: str, implementations: Sequence[Implementation], *args: Any, request: str | None = None) -> Choice:
+def choose(
+    op: str, implementations: Sequence[Implementation], *args: Any, request: str | None = None
+) -> Choice:
     """Return the first implementation that can serve `args`, in the order given (best first).
 
-    `request`, or else MASKTRAIN_KERNELS, names one: then it serves or KernelUnavailable says why not. An op that
-    has no implementation of the name that MASKTRAIN_KERNELS asks for serves as usual: the variable speaks to the
-    ops that have a choice.
+    `request`, or else MASKTRAIN_KERNELS, names one: then it serves or KernelUnavailable says why not. An op
+    that has no implementation of the name that MASKTRAIN_KERNELS asks for serves as usual: the variable
+    speaks to the ops that have a choice.
     """
     wanted = request or requested()
     names = [i.name for i in implementations]
@@ -75,7 +79,7 @@ def choose(op: str, implementations: Sequence[Implementation], *args: Any, reque
         reason = impl.why_not(*args)
         if reason is None:
             choice = Choice(op, impl.name, impl.function, tuple(passed_over))
-            _chosen[(op, impl.name)] = choice
+            _note(choice.op, choice.name, choice.function, choice.passed_over)
             return choice
         if impl.name == wanted:
             raise KernelUnavailable(f"{op}: {wanted} was asked for and cannot serve: {reason}")
@@ -84,11 +88,22 @@ def choose(op: str, implementations: Sequence[Implementation], *args: Any, reque
     raise KernelUnavailable(f"{op}: no implementation can serve: {reasons}")
 
 
+@torch.compiler.assume_constant_result
+def _note(op: str, name: str, function: Callable[..., Any], passed_over: tuple[tuple[str, str], ...]) -> None:
+    """Record a choice, given as its fields.
+
+    A compiled function does so once, when it is compiled: traced, the record would be an input of the graph,
+    and each new entry would compile every graph again.
+    """
+    _chosen[(op, name)] = Choice(op, name, function, passed_over)
+
+
 def chosen() -> tuple[Choice, ...]:
     """Return each distinct choice that this process made, in the order of the first use."""
     return tuple(_chosen.values())
 
 
-def forget() -> None:
-    """Forget the recorded choices (for tests)."""
+def record(choices: Sequence[Choice]) -> None:
+    """Set the recorded choices, to look at those of one piece of work apart from the others."""
     _chosen.clear()
+    _chosen.update({(choice.op, choice.name): choice for choice in choices})

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Philox 4x32-10 in plain PyTorch and in plain Python: the definition of every random word.
 
-Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), section 3.3 and table 2;
-the constants and the published test vectors are those of DEShawResearch/random123:include/Random123/philox.h.
+Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). The constants and the
+published test vectors are those of DEShawResearch/random123:include/Random123/philox.h.
 
 Words live in int64. A 32 x 32 bit product does not fit there, so each multiplier is split into two 16-bit
 halves: no intermediate reaches 2^49.

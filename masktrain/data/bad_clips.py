@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The record of clips that could not be used and of what was noted about others; who replaces a bad clip.
 
-The record decides nothing but when to stop. Every clip is tried anew each time it is drawn, so what replaces a bad
-one depends on the seed, the epoch and the files only: not on what was met before, on which rank, by which worker.
+The record decides nothing but when to stop. Every clip is tried anew each time it is drawn, so what replaces
+a bad one depends on the seed, the epoch and the files only: not on what was met before, on which rank, by
+which worker.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 
 from masktrain.data.decode import NOTES
 from masktrain.data.manifest import BadClip, Manifest, bad_clips_error, too_many
+from masktrain.errors import DataError
 from masktrain.kernels.philox import Purpose, host_words
 
 log = logging.getLogger("masktrain.data")
@@ -27,10 +29,11 @@ DRAWS = 8
 
 
 def replacement(seed: int, epoch: int, clip_id: int, attempt: int, n: int) -> int:
-    """Return the clip that stands in for `clip_id`, whose replacements of the attempts before are bad as well.
+    """Return the clip that stands in for `clip_id`, whose replacements of the attempts before are bad as
+    well.
 
-    The first DRAWS attempts draw among all n clips, word `attempt` of the stream (seed, REPLACE, epoch, clip id); the
-    n after them walk on from the clip itself, so that a usable clip is found if there is one.
+    The first DRAWS attempts draw among all n clips, word `attempt` of the stream (seed, REPLACE, epoch, clip
+    id); the n after them walk on from the clip itself, so that a usable clip is found if there is one.
     """
     if attempt >= DRAWS:
         return (clip_id + 1 + attempt - DRAWS) % n
@@ -49,7 +52,8 @@ def replacements(seed: int, epoch: int, clip_id: int, n: int) -> Iterator[int]:
 
 
 class BadClips:
-    """Which clips of a manifest are bad and why, and how many were noted for what. Safe to use from any thread.
+    """Which clips of a manifest are bad and why, and how many were noted for what. Safe to use from any
+    thread.
 
     Each bad clip, and the first clip of each note, is named once in the log "masktrain.data".
     """

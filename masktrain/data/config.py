@@ -12,18 +12,20 @@ from masktrain.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """How clips become batches. None of `loader`, `workers` and `prefetch` changes what a batch holds (`loader`:
-    beyond 1e-6 of full scale in lossy files).
+    """How clips become batches. None of `loader`, `workers` and `prefetch` changes what a batch holds
+    (`loader`: beyond 1e-6 of full scale in lossy files).
 
     clip_seconds: longest crop; longer files are cut to it, shorter ones are taken whole. None: whole files.
     crop: "random" draws a new crop each epoch, "start" takes the first seconds always.
     loader: "dali", "soundfile", or "auto": DALI where it works, else soundfile.
-    workers: threads that read and decode; 0 decodes in the training thread, when a batch is asked for; None takes
+    workers: threads that read and decode; 0 decodes in the training thread, when a batch is asked for; None
+    takes
         one per core that this rank may use, at most 8.
     prefetch: steps that are read ahead of the one in use.
-    padding, crop_to_batch_min, target_length: the length policy, which the training step applies to spectrograms.
-        padding="reference" pads or cuts every clip to `target_length` frames; crop_to_batch_min cuts every clip of
-        a batch to the shortest; otherwise clips keep their lengths.
+    padding, crop_to_batch_min, target_length: the length policy, which the training step applies to
+    spectrograms.
+        padding="reference" pads or cuts every clip to `target_length` frames; crop_to_batch_min cuts every
+        clip of a batch to the shortest; otherwise clips keep their lengths.
     """
 
     clip_seconds: float | None = 10.0
@@ -39,7 +41,7 @@ class DataConfig:
         seconds = self.clip_seconds
         if seconds is not None and not (math.isfinite(seconds) and 0 < seconds <= 86400):
             raise ConfigError(
-                f"data.clip_seconds: {seconds}; allowed are seconds above 0 up to 86400, or none for whole files."
+                f"data.clip_seconds: {seconds}; allowed are above 0 to 86400 s, or none for whole files."
             )
         _one_of("crop", self.crop, ("random", "start"))
         _one_of("loader", self.loader, ("auto", "dali", "soundfile"))

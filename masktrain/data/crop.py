@@ -7,17 +7,19 @@ from masktrain.kernels.philox import Purpose, host_words
 
 
 def crop_length(num_samples: int, sample_rate: int, clip_seconds: float | None) -> int:
-    """Return the samples of a crop: `clip_seconds` at the file's own rate, at most the file; None: the file."""
+    """Return the samples of a crop: `clip_seconds` at the file's own rate, at most the file; None: the
+    file."""
     if clip_seconds is None:
         return num_samples
     return min(num_samples, max(1, round(clip_seconds * sample_rate)))
 
 
 def crop_start(seed: int, epoch: int, clip_id: int, num_samples: int, length: int) -> int:
-    """Return the first sample of the random crop of a clip in an epoch, uniform over [0, num_samples - length].
+    """Return the first sample of the random crop of a clip in an epoch, uniform over [0, num_samples -
+    length].
 
-    Two 32-bit words make one of 64 bits, w, and the start is (w (num_samples - length + 1)) >> 64: the share of no
-    start differs from another's by more than 2^-64, however long the file.
+    Two 32-bit words make one of 64 bits, w, and the start is (w (num_samples - length + 1)) >> 64: the share
+    of no start differs from another's by more than 2^-64, however long the file.
     """
     places = num_samples - length + 1
     if places == 1:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine that decodes whole batches with NVIDIA DALI's CPU operators.
 
-DALI is handed the bytes of the files in our order and returns the crops; checks and downmix are those of `decode`, so
-a batch is the same as soundfile's: bit for bit in WAV and FLAC, within 1e-6 in Vorbis. DALI decodes whole files before
-it cuts them, so soundfile serves where seeking to the crop is cheaper, and for what DALI cannot decode. A file
-on which DALI fails takes its batch with it: soundfile decodes those clips one by one, and says which one is bad.
+DALI is handed the bytes of the files in our order and returns the crops; checks and downmix are those of
+`decode`, so a batch is the same as soundfile's: bit for bit in WAV and FLAC, within 1e-6 in Vorbis. DALI
+decodes whole files before it cuts them, so soundfile serves where seeking to the crop is cheaper, and for
+what DALI cannot decode. A file on which DALI fails takes its batch with it: soundfile decodes those clips one
+by one, and says which one is bad.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import io
 import os
 import struct
 import threading
+import wave
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,17 +35,19 @@ from masktrain.data.decode import (
     opened,
     try_crop,
 )
-from masktrain.data.soundfile_loader import GROUP, Workers
+from masktrain.data.soundfile_loader import Workers
 from masktrain.errors import DataError
 
 MOST_CLIPS = 64
 MOST_DECODED_BYTES = 1 << 28
-"""Clips, and float32 bytes of their whole files, of one DALI batch: its buffers grow to the largest and stay."""
+"""Clips, and float32 bytes of their whole files, of one DALI batch: its buffers grow to the largest and
+stay."""
 MOST_FILE_BYTES = 1 << 26
 """Float32 bytes of the largest file that DALI decodes."""
 SEEK_PAYS = 1.5
-"""WAV and FLAC files longer than this many crops are read faster by seeking. On two cores, 2 s crops of 4 s files at
-44.1 kHz: 1240 WAV or 550 FLAC crops a second by DALI, 2970 or 720 by seeking; DALI's lead is in whole WAV files."""
+"""WAV and FLAC files longer than this many crops are read faster by seeking. On two cores, 2 s crops of 4 s
+files at 44.1 kHz: 1240 WAV or 550 FLAC crops a second by DALI, 2970 or 720 by seeking; DALI's lead is in
+whole WAV files."""
 _DEPTH = 2
 
 
@@ -89,11 +92,8 @@ class DaliEngine:
 
     def submit(self, crops: Sequence[Crop]) -> Callable[[], list[Result]]:
         """Queue the reading of the files, and a DALI run for when they are there."""
-        loads = [
-            self._workers.submit(lambda group=crops[i : i + GROUP]: [self._load(crop) for crop in group])
-            for i in range(0, len(crops), GROUP)
-        ]
-        return self._runner.submit(lambda: self._decode([loaded for load in loads for loaded in load()]))
+        loads = self._workers.in_groups(crops, self._load)
+        return self._runner.submit(lambda: self._decode(loads()))
 
     def passed_on(self) -> dict[str, int]:
         """Return {reason: clips} that soundfile decoded."""
@@ -116,7 +116,7 @@ class DaliEngine:
                 if why_not is None and crop.num_samples >= crop.min_samples:
                     content = np.empty(os.fstat(fd).st_size, dtype=np.uint8)
                     with io.FileIO(fd, closefd=False) as file:
-                        got = file.readinto(content)
+                        got = file.readinto(content.data)
                     if got != len(content):
                         return DataError("became shorter while it was read")
                     return _Encoded(crop, content, container, decoded)
@@ -152,7 +152,8 @@ class DaliEngine:
         self._pipeline.feed([e.content for e in batch], [(e.crop.start, e.crop.length) for e in batch])
 
     def _collect(self, waiting: deque[list[_Encoded]]) -> list[Result]:
-        """Return the results of the oldest batch; of all of them where DALI fails, which loses its pipeline."""
+        """Return the results of the oldest batch; of all of them where DALI fails, which loses its
+        pipeline."""
         assert self._pipeline is not None
         try:
             audio, shapes, rates = self._pipeline.outputs()
@@ -161,23 +162,14 @@ class DaliEngine:
             waiting.clear()
             self._pipeline.close()
             self._pipeline = None
-            return self._in_groups(
-                lost, lambda crop: self._by_soundfile(crop, "in a batch on which DALI failed")
-            )
+            return self._workers.in_groups(
+                lost, lambda crop: self._by_soundfile(crop, "in a batch on which DALI failed"), urgent=True
+            )()
         batch = waiting.popleft()
         items = list(zip(batch, audio, shapes, rates, strict=True))
-        results = self._in_groups(items, lambda item: self._finish(*item))
+        results = self._workers.in_groups(items, lambda item: self._finish(*item), urgent=True)()
         self._pipeline.release()
         return results
-
-    def _in_groups(self, items: list[Any], task: Callable[[Any], Result]) -> list[Result]:
-        groups = [
-            self._workers.submit(
-                lambda group=items[i : i + GROUP]: [task(item) for item in group], urgent=True
-            )
-            for i in range(0, len(items), GROUP)
-        ]
-        return [result for group in groups for result in group()]
 
     def _finish(self, encoded: _Encoded, raw: NDArray[np.float32], samples: int, rate: float) -> Result:
         crop = encoded.crop
@@ -228,18 +220,19 @@ class _Pipeline:
             batch_size=MOST_CLIPS, num_threads=threads, device_id=None, prefetch_queue_depth=_DEPTH
         )
         with self._pipe:
-            content = fn.external_source(name="content", dtype=types.UINT8, ndim=1)
-            start = fn.external_source(name="start", dtype=types.INT64, ndim=1)
-            length = fn.external_source(name="length", dtype=types.INT64, ndim=1)
-            audio, rate = fn.decoders.audio(content, dtype=types.FLOAT, downmix=False)
+            content = fn.external_source(name="content", dtype=types.DALIDataType.UINT8, ndim=1)
+            start = fn.external_source(name="start", dtype=types.DALIDataType.INT64, ndim=1)
+            length = fn.external_source(name="length", dtype=types.DALIDataType.INT64, ndim=1)
+            audio, rate = fn.decoders.audio(content, dtype=types.DALIDataType.FLOAT, downmix=False)
             crop = fn.slice(audio, start, length, axes=[0], out_of_bounds_policy="trim_to_shape")
             self._pipe.set_outputs(crop, audio.shape(), rate)
         self._pipe.build()
         self._warm_up()
 
     def _warm_up(self) -> None:
-        """Fill the queue, as DALI's first run asks, with a known file; raise RuntimeError if it comes back wrong."""
-        content = np.frombuffer(_TINY_WAV, dtype=np.uint8)
+        """Fill the queue, as DALI's first run asks, with a known file; raise RuntimeError if it comes back
+        wrong."""
+        content = np.frombuffer(_tiny_wav(), dtype=np.uint8)
         for _ in range(_DEPTH):
             self._feed([content], [(1, 2)])
         self._pipe.schedule_run()
@@ -261,8 +254,9 @@ class _Pipeline:
         self._pipe.feed_input("length", np.ascontiguousarray(places[:, 1:]))
 
     def outputs(self) -> tuple[list[NDArray[np.float32]], list[int], list[float]]:
-        """Wait for the oldest batch. Return views of its crops, (n, channels), valid until `release`, the samples
-        of the whole files, and their rates in Hz. Raises RuntimeError if a file could not be decoded."""
+        """Wait for the oldest batch. Return views of its crops, (n, channels), valid until `release`, the
+        samples of the whole files, and their rates in Hz. Raises RuntimeError if a file could not be
+        decoded."""
         audio, shapes, rates = self._pipe.share_outputs()
         return (
             [np.asarray(audio.at(i)) for i in range(len(audio))],
@@ -279,19 +273,10 @@ class _Pipeline:
         del self._pipe
 
 
-def _wav(samples: Sequence[int], rate: int) -> bytes:
-    """Return a mono 16-bit WAV file."""
-    data = struct.pack(f"<{len(samples)}h", *samples)
-    form = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, rate, 2 * rate, 2, 16)
-    return (
-        b"RIFF"
-        + struct.pack("<I", 36 + len(data))
-        + b"WAVE"
-        + form
-        + b"data"
-        + struct.pack("<I", len(data))
-        + data
-    )
-
-
-_TINY_WAV = _wav([1, 2, 3, 4], 8000)
+def _tiny_wav() -> bytes:
+    """Return a mono WAV file of the 16-bit samples 1, 2, 3, 4 at 8 kHz."""
+    with io.BytesIO() as content:
+        with wave.open(content, "wb") as file:
+            file.setparams((1, 2, 8000, 4, "NONE", ""))
+            file.writeframes(struct.pack("<4h", 1, 2, 3, 4))
+        return content.getvalue()

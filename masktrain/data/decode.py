@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a file to mono float32: headers, crops, the one downmix, and what makes a clip bad.
 
-libsndfile, through soundfile, decodes. Files are opened here and handed over as descriptors, so that their content
-decides what they are, not their name, and a pipe or a folder cannot block a worker. What libsndfile lets pass is
-checked on the bytes themselves: it shortens a truncated WAV in silence, and an Ogg file whose end is missing
-likewise.
+libsndfile, through soundfile, decodes. Files are opened here and handed over as descriptors, so that their
+content decides what they are, not their name, and a pipe or a folder cannot block a worker. What libsndfile
+lets pass is checked on the bytes themselves: it shortens a truncated WAV in silence, and an Ogg file whose
+end is missing likewise.
 
-Seeking is exact in PCM-like WAV and in FLAC only. In Ogg libsndfile lands some hundred samples off near a file's
-end. Every other file is decoded from its beginning in blocks up to the end of the crop: slow in long files, but
-exact and in bounded memory.
+Seeking is exact in PCM-like WAV and in FLAC only. In Ogg libsndfile lands some hundred samples off near a
+file's end. Every other file is decoded from its beginning in blocks up to the end of the crop: slow in long
+files, but exact and in bounded memory.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ _BLOCK = 1 << 16
 # WAV writers that cannot seek back, into a pipe say, leave one of these where the length of the data belongs.
 _UNKNOWN_SIZE = 0x7FFFF000
 _OGG_PAGE = 65307
+_MOST_CHUNKS = 1000
 _NAMED: dict[str, tuple[str, ...]] = {
     ".wav": ("WAV", "WAVEX", "RF64"),
     ".flac": ("FLAC", "OGG"),
@@ -71,7 +72,8 @@ class AudioInfo:
 class Crop:
     """A stretch of a file, and what the manifest says of the file.
 
-    start, length: in source samples, inside [0, num_samples]. min_samples: shortest crop that the front end takes.
+    start, length: in source samples, inside [0, num_samples]. min_samples: shortest crop that the front end
+    takes.
     """
 
     path: str
@@ -102,8 +104,8 @@ NOTES = (SILENT, STEREO, HIGH_RATE, CLIPPED, SHORTER, MISNAMED)
 def probe(path: str | os.PathLike[str]) -> AudioInfo:
     """Read the header of an audio file.
 
-    Raises DataError if the file is missing, unreadable, not audio, holds no samples, or is visibly truncated. The
-    message is the reason alone: callers name the file, and often the manifest's line with it.
+    Raises DataError if the file is missing, unreadable, not audio, holds no samples, or is visibly truncated.
+    The message is the reason alone: callers name the file, and often the manifest's line with it.
     """
     with opened(path) as fd:
         inspect(fd)
@@ -176,7 +178,8 @@ def too_short(samples: int, least: int) -> str:
 
 
 def check(raw: Audio) -> tuple[str, ...]:
-    """Return what is to be noted of (n, channels) samples, n >= 1; raise DataError if any is NaN or infinite."""
+    """Return what is to be noted of (n, channels) samples, n >= 1; raise DataError if any is NaN or
+    infinite."""
     highest, lowest = float(raw.max()), float(raw.min())
     peak = max(highest, -lowest)
     if not np.isfinite(peak) or not np.isfinite(lowest):
@@ -194,8 +197,8 @@ def check(raw: Audio) -> tuple[str, ...]:
 def downmix(raw: Audio) -> Audio:
     """Return the mean of the channels: (n, channels) -> (n,) float32, contiguous.
 
-    The channels are added in their order in float32, and the sum is divided by their number: the definition, the
-    same bits wherever it is computed.
+    The channels are added in their order in float32, and the sum is divided by their number: the definition,
+    the same bits wherever it is computed.
     """
     if raw.shape[1] == 1:
         return np.ascontiguousarray(raw[:, 0])
@@ -263,14 +266,22 @@ def inspect(fd: int) -> Container:
     if head[:4] == b"OggS":
         _inspect_ogg(fd, size)
         vorbis = head[28:35] == b"\x01vorbis"
-        return Container("VORBIS" if vorbis else "OTHER", head[39] if vorbis else 0)
+        return Container(
+            "VORBIS" if vorbis else "OTHER", int.from_bytes(head[39:40], "little") if vorbis else 0
+        )
+    if head[:4] == b"FORM":
+        _check_present(size, 8 + int.from_bytes(head[4:8], "big"))
     return Container("OTHER", 0)
 
 
 def _inspect_wav(fd: int, size: int) -> int:
-    """Walk over the chunks of a RIFF file to its data. Return the channels; raise DataError if data is missing."""
+    """Walk over the chunks of a RIFF file to its data. Return the channels; raise DataError if data is
+    missing."""
     place, channels, data_size_64 = 12, 0, None
-    while len(header := os.pread(fd, 8, place)) == 8:
+    for _ in range(_MOST_CHUNKS):
+        header = os.pread(fd, 8, place)
+        if len(header) < 8:
+            break
         name, length = struct.unpack("<4sI", header)
         place += 8
         if name == b"fmt ":
@@ -280,12 +291,17 @@ def _inspect_wav(fd: int, size: int) -> int:
         elif name == b"data":
             unknown = length == 0 or length >= _UNKNOWN_SIZE
             announced = data_size_64 if length == 0xFFFFFFFF and data_size_64 is not None else length
-            present = size - place
-            if (not unknown or announced != length) and announced - present > LENGTH_TOLERANCE * announced:
-                raise DataError(f"truncated: {present} of {announced} bytes of audio are there")
+            if not unknown or announced != length:
+                _check_present(size - place, announced)
             break
         place += length + length % 2
     return channels
+
+
+def _check_present(present: int, announced: int) -> None:
+    """Raise DataError if over 1 % of the announced bytes are missing."""
+    if announced - present > LENGTH_TOLERANCE * announced:
+        raise DataError(f"truncated: {present} of {announced} bytes are there")
 
 
 def _inspect_ogg(fd: int, size: int) -> None:
@@ -310,9 +326,8 @@ def _decoder(fd: int) -> Iterator[soundfile.SoundFile]:
 
 
 def _text(error: Exception) -> str:
-    return (getattr(error, "error_string", "") or str(error)).strip().rstrip(
-        "."
-    ) or "libsndfile gives no reason"
+    text = getattr(error, "error_string", "") or str(error)
+    return text.strip().rstrip(".") or "libsndfile gives no reason"
 
 
 def _check_header(info: AudioInfo) -> None:

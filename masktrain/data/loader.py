@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From (manifest, seed, step) to the batches of a rank, read ahead in the background.
 
-An engine turns crops into samples: `soundfile_loader` or `dali_loader`. All that decides what a batch holds (order,
-crops, replacements, the record of bad clips) is here, once. The record follows the batches that were handed out, not
-those read ahead, so it is the same for any number of workers and any prefetch.
+An engine turns crops into samples: `soundfile_loader` or `dali_loader`. All that decides what a batch holds
+(order, crops, replacements, the record of bad clips) is here, once. The record follows the batches that were
+handed out, not those read ahead, so it is the same for any number of workers and any prefetch.
 """
 
 from __future__ import annotations
@@ -92,13 +92,12 @@ def make_loader(
 ) -> tuple[Loader, str]:
     """Return the loader of a rank, and in words which engine serves and why others were passed over.
 
-    batch_size: clips of a step over all ranks and their `accumulation` micro-batches. min_samples: the shortest
-    input in samples that the front end takes at a sample rate in Hz. pin_memory: put samples into page-locked
-    memory, for copies to a GPU that do not hold up the host.
+    batch_size: clips of a step over all ranks and their `accumulation` micro-batches. min_samples: the
+    shortest input in samples that the front end takes at a sample rate in Hz. pin_memory: put samples into
+    page-locked memory, for copies to a GPU that do not hold up the host.
 
     Raises:
-        ConfigError: sizes that do not divide, an explicit loader that cannot serve, crops too short for the front
-            end.
+        ConfigError: sizes that do not divide, a loader that cannot serve, crops too short for the front end.
         DataError: no clips, or too many shorter than the front end takes.
     """
     check_shards(batch_size, world_size, accumulation)
@@ -108,10 +107,11 @@ def make_loader(
         raise DataError("The manifest holds no usable clips; name data with --data.")
     least = {int(rate): min_samples(int(rate)) for rate in np.unique(manifest.sample_rate)}
     for rate, samples in least.items():
-        if config.clip_seconds is not None and round(config.clip_seconds * rate) < samples:
+        seconds = config.clip_seconds
+        if seconds is not None and round(seconds * rate) < samples:
             raise ConfigError(
-                f"data.clip_seconds: {config.clip_seconds:g} s are {round(config.clip_seconds * rate)} samples at "
-                f"{rate} Hz, and the shortest input is {samples}; allowed is {samples / rate:.3g} s or more."
+                f"data.clip_seconds: {seconds:g} s are {round(seconds * rate)} samples at {rate} Hz, and the "
+                f"shortest input is {samples}; allowed is {samples / rate:.3g} s or more."
             )
     bad = BadClips(manifest)
     needed = np.array([least[int(rate)] for rate in manifest.sample_rate.tolist()], dtype=np.int64)
@@ -122,9 +122,8 @@ def make_loader(
     workers = default_workers() if config.workers is None else config.workers
     name, reason = choose_loader(config.loader, workers)
     plan = _Plan(manifest, config, seed, batch_size, rank, world_size, accumulation, least)
-    return BatchLoader(
-        plan, _engine(name, workers), bad, config.prefetch if workers else 0, pin_memory
-    ), reason
+    engine = _engine(name, workers)
+    return BatchLoader(plan, engine, bad, config.prefetch if workers else 0, pin_memory), reason
 
 
 def choose_loader(wanted: str, workers: int | None = None) -> tuple[str, str]:
@@ -145,7 +144,7 @@ def choose_loader(wanted: str, workers: int | None = None) -> tuple[str, str]:
         return "dali", f"DALI in {threads}: {chosen}; what it cannot decode goes to soundfile"
     if wanted == "dali":
         raise ConfigError(
-            f"data.loader: 'dali' cannot serve: {why_not}. Install the extra cu13, or take 'auto' or 'soundfile'."
+            f"data.loader: 'dali' cannot serve: {why_not}. Install the extra cu13, or take 'auto'."
         )
     return "soundfile", f"soundfile in {threads}: DALI was passed over ({why_not})"
 
@@ -313,7 +312,7 @@ class BatchLoader:
             if other is None:
                 raise DataError(f"No clip can be used; the last: {draw.crop.path}: {result}.")
             draw = self._plan.draw(draw.epoch, other)
-            result = try_crop(draw.crop)
+            result = try_crop(draw.crop, lambda: self._closed)
         ready.notes.extend((draw.clip_id, text) for text in result.notes)
         return draw, result
 

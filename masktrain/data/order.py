@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which clip stands where: the permutation of each epoch, and the slices of steps, ranks and micro-batches.
 
-Everything is a function of (seed, epoch, position): the state of a run in its data is the number of its next step.
-Step s of global batch size B takes the sample indices s B ... s B + B - 1; index n is position n mod N of epoch n // N.
+Everything is a function of (seed, epoch, position): the state of a run in its data is the number of its next
+step. Step s of global batch size B takes the sample indices s B ... s B + B - 1; index n is position n mod N
+of epoch n // N.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from masktrain.kernels.philox import Purpose, philox_words
 def order(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
     """Return the permutation of the clips 0 ... n-1 in an epoch: (n,) int64, read-only.
 
-    Clips sorted by (word, clip), word p of the one stream (seed, ORDER, epoch) belonging to clip p. The results of
-    the last calls are kept: two epochs of a training and of a validation set.
+    Clips sorted by (word, clip), word p of the one stream (seed, ORDER, epoch) belonging to clip p. The
+    results of the last calls are kept: two epochs of a training and of a validation set.
     """
     counter = torch.tensor([seed, epoch], dtype=torch.int64)
     words = philox_words(counter, torch.zeros(1, dtype=torch.int64), n, purpose=Purpose.ORDER)[0]
@@ -46,7 +47,8 @@ def batch_indices(step: int, batch_size: int, rank: int, world_size: int, accumu
 
 
 def check_shards(batch_size: int, world_size: int, accumulation: int) -> None:
-    """Raise ConfigError unless the micro-batches of all ranks make up the batch: disjoint, complete, in order."""
+    """Raise ConfigError unless the micro-batches of all ranks make up the batch: disjoint, complete, in
+    order."""
     parts = world_size * accumulation
     if batch_size < 1 or batch_size % parts:
         lower, upper = batch_size // parts * parts, (batch_size // parts + 1) * parts

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine that decodes with libsndfile in threads of the training process.
 
-Threads, not processes: soundfile lets go of the interpreter while libsndfile decodes, so that compressed files, where
-the work is, decode on all cores (ESC-10 on two cores: 2.0 times one thread's rate), and nothing outlives the process
-however it ends.
+Threads, not processes: soundfile lets go of the interpreter while libsndfile decodes, so that compressed
+files, where the work is, decode on all cores (ESC-10 on two cores: 2.0 times one thread's rate), and nothing
+outlives the process however it ends.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, TypeVar
 
 from masktrain.data.decode import CancelledError, Crop, Result, try_crop
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 CLOSE_SECONDS = 5.0
@@ -27,8 +29,8 @@ GROUP = 4
 
 
 class Workers:
-    """Daemon threads that run tasks, urgent ones first, else in their order. With 0 threads a task runs when its
-    result is asked for, in the thread that asks."""
+    """Daemon threads that run tasks, urgent ones first, else in their order. With 0 threads a task runs when
+    its result is asked for, in the thread that asks."""
 
     def __init__(self, threads: int, name: str) -> None:
         self._tasks: queue.PriorityQueue[tuple[int, int, Future[Any] | None, Callable[[], Any]]] = (
@@ -48,7 +50,8 @@ class Workers:
         return self._closed.is_set()
 
     def submit(self, task: Callable[[], T], *, urgent: bool = False) -> Callable[[], T]:
-        """Queue a task; what is returned waits for its result, or raises what it raised (or CancelledError)."""
+        """Queue a task; what is returned waits for its result, or raises what it raised (or
+        CancelledError)."""
         if not self._threads:
             return task
         future: Future[T] = Future()
@@ -56,6 +59,17 @@ class Workers:
         if self.closed():
             self._cancel()
         return future.result
+
+    def in_groups(
+        self, items: Sequence[S], task: Callable[[S], T], *, urgent: bool = False
+    ) -> Callable[[], list[T]]:
+        """Queue a task for each item, GROUP of them together; what is returned waits for the results in
+        order."""
+        groups = [
+            self.submit(partial(_each, task, items[i : i + GROUP]), urgent=urgent)
+            for i in range(0, len(items), GROUP)
+        ]
+        return lambda: [result for group in groups for result in group()]
 
     def _run(self) -> None:
         while True:
@@ -80,12 +94,17 @@ class Workers:
             self._tasks.put((2, next(self._serial), None, _nothing))
 
     def close(self) -> None:
-        """Fail what has not begun, ask what runs to end early, and wait for the threads (a few seconds at most)."""
+        """Fail what has not begun, ask what runs to end early, and wait for the threads (a few seconds at
+        most)."""
         self._closed.set()
         self._cancel()
         deadline = time.monotonic() + CLOSE_SECONDS
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
+
+
+def _each(task: Callable[[S], T], items: Sequence[S]) -> list[T]:
+    return [task(item) for item in items]
 
 
 def _nothing() -> None:
@@ -102,14 +121,7 @@ class SoundfileEngine:
 
     def submit(self, crops: Sequence[Crop]) -> Callable[[], list[Result]]:
         """Queue the crops in groups."""
-        groups = [
-            self._workers.submit(lambda group=crops[i : i + GROUP]: self._decode(group))
-            for i in range(0, len(crops), GROUP)
-        ]
-        return lambda: [result for group in groups for result in group()]
-
-    def _decode(self, crops: Sequence[Crop]) -> list[Result]:
-        return [try_crop(crop, self._workers.closed) for crop in crops]
+        return self._workers.in_groups(crops, lambda crop: try_crop(crop, self._workers.closed))
 
     def passed_on(self) -> dict[str, int]:
         """Nothing: soundfile decodes everything itself."""

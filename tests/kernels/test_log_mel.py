@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -253,10 +254,9 @@ def test_clip_mean_without_effect_under_frame_means() -> None:
     torch.testing.assert_close(log_mel(x, (5000,), KALDI)[0], out, atol=1e-9, rtol=0)
 
 
-def test_float32_on_real_clips(data_dir: pytest.TempPathFactory) -> None:
+def test_float32_on_real_clips(data_dir: Path) -> None:
     sf = pytest.importorskip("soundfile")
-    root = data_dir
-    paths = sorted(root.glob("esc10/*/*.ogg"))[::40] + sorted(root.glob("fsdd/**/*.wav"))[::300]  # type: ignore[attr-defined]
+    paths = sorted(data_dir.glob("esc10/*/*.ogg"))[::40] + sorted(data_dir.glob("fsdd/**/*.wav"))[::300]
     assert len(paths) >= 15
     clips = [torch.from_numpy(sf.read(p, dtype="float32")[0]) for p in paths]
     x, lengths = torch.cat(clips), tuple(len(c) for c in clips)
@@ -318,8 +318,8 @@ def test_windows_are_those_of_torch() -> None:
         ({"sample_rate": 0}, "sample_rate: must be at least 1"),
         ({"n_fft": 256}, r"n_fft: must be even and at least win_length \(400\); received 256"),
         ({"n_fft": 513}, "n_fft: must be even"),
-        ({"fmax": 8001.0}, "0 <= fmin < fmax <= 8000 Hz"),
-        ({"fmin": 8000.0}, "0 <= fmin < fmax"),
+        ({"fmax": 8001.0}, "fmin, fmax: must satisfy 0 <= fmin < fmax <= 8000 Hz"),
+        ({"fmin": 8000.0}, "fmin, fmax: must satisfy"),
         ({"frame_preemphasis": 1.0}, r"frame_preemphasis: must lie in \[0, 1\)"),
         ({"wave_preemphasis": -0.1}, "wave_preemphasis"),
         ({"eps": 0.0}, "eps: must be greater than 0; received 0.0"),
@@ -341,5 +341,5 @@ def test_mistakes_are_named() -> None:
         log_mel(x, (999,), KALDI)
     with pytest.raises(TypeError, match="spec must be a MelSpec, received str"):
         log_mel(x, (1000,), "kaldi")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="detach"):
+    with pytest.raises(ValueError, match="samples is data and must not require a gradient"):
         log_mel(x.requires_grad_(), (1000,), KALDI)

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds and loads the native library (csrc/) with ctypes.
+
+A machine without it is a normal machine: `cpu()` is None, `why_not()` says why and how to build it, and every
+op has another implementation.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.resources
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+# Before the library: both use OpenMP, and the runtime that is loaded first should be torch's.
+import torch
+
+from masktrain.kernels._dispatch import KernelUnavailable
+
+ABI = 1
+ENV = "MASKTRAIN_LIB_DIR"
+FILE = "libmasktrain_cpu.so"
+BUILD = "cmake -S . -B build/dev -DCMAKE_BUILD_TYPE=Release && cmake --build build/dev"
+LEVELS = ("baseline", "AVX2", "AVX-512")
+
+_P, _I64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_F32, _F64 = ctypes.c_float, ctypes.c_double
+# name -> (result, arguments), as in csrc/include/masktrain_c.h
+SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
+    "mt_abi_version": (_INT, []),
+    "mt_cpu_level": (_INT, []),
+    "mt_set_cpu_level": (_INT, [_INT]),
+    "mt_has_openmp": (_INT, []),
+    "mt_philox_words": (None, [_P, _P, _P, _I64, _I64, _I64, _I64, _INT]),
+    "mt_dropout_f32": (None, [_P, _P, _P, _P, _P, _I64, _I64, _I64, _I64, _F32, _INT]),
+    "mt_dropout_f64": (None, [_P, _P, _P, _P, _P, _I64, _I64, _I64, _I64, _F64, _INT]),
+    "mt_attention_keep_f32": (None, [_P, _P, _P, _I64, _I64, _I64, _I64, _I64, _I64, _F32, _INT]),
+    "mt_attention_keep_f64": (None, [_P, _P, _P, _I64, _I64, _I64, _I64, _I64, _I64, _F64, _INT]),
+}
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    library: ctypes.CDLL | None
+    path: Path | None
+    reason: str | None
+
+
+def cpu() -> ctypes.CDLL | None:
+    """Return the library of CPU functions, or None if there is none that can be used."""
+    return _load().library
+
+
+@torch.compiler.assume_constant_result
+def why_not() -> str | None:
+    """Return None if `cpu()` is there, else a sentence that says why not and what to do.
+
+    A compiled function asks when it is compiled, not each time it runs.
+    """
+    return _load().reason
+
+
+def require() -> ctypes.CDLL:
+    """Return the library of CPU functions; KernelUnavailable says why there is none."""
+    loaded = _load()
+    if loaded.library is None:
+        raise KernelUnavailable(str(loaded.reason))
+    return loaded.library
+
+
+def threads() -> int:
+    """Return how many threads a native function may use: as many as torch's own."""
+    return torch.get_num_threads()
+
+
+def describe() -> str:
+    """Return one line: which library serves with which instruction set, or why none does."""
+    loaded = _load()
+    if loaded.library is None:
+        return str(loaded.reason)
+    threading = "OpenMP" if loaded.library.mt_has_openmp() else "no OpenMP: one thread"
+    return f"{loaded.path} ({LEVELS[loaded.library.mt_cpu_level()]}, {threading})"
+
+
+@cache
+def _load() -> _Loaded:
+    """Load the first usable library of `_candidates`; the reason is that of the first which is not."""
+    first_reason = None
+    for path in _candidates():
+        loaded = _open(path)
+        if loaded.library is not None:
+            return loaded
+        first_reason = first_reason or loaded.reason
+    return _Loaded(None, None, first_reason or f"{FILE} is not built; {_remedy()}")
+
+
+def _candidates() -> Iterator[Path]:
+    """Where the library may lie, best first: the named folder alone; else as installed; else as built."""
+    named = os.environ.get(ENV)
+    if named:
+        yield Path(named) / FILE
+        return
+    # Not beside this file: an editable install leaves the sources where they are and the library elsewhere.
+    installed = importlib.resources.files("masktrain") / "_lib" / FILE
+    if installed.is_file():
+        yield Path(str(installed))
+    checkout = Path(__file__).resolve().parents[1]
+    if (checkout / "CMakeLists.txt").is_file():
+        yield from sorted((checkout / "build").rglob(FILE), key=lambda p: p.stat().st_mtime, reverse=True)
+
+
+def _open(path: Path) -> _Loaded:
+    if not path.is_file():
+        return _Loaded(None, None, f"{path} does not exist, where {ENV} says it is; {_remedy()}")
+    try:
+        library = ctypes.CDLL(str(path))
+        library.mt_abi_version.restype = _INT
+        found = library.mt_abi_version()
+        if found != ABI:
+            return _Loaded(None, None, f"{path} has interface version {found}, not {ABI}; {_remedy()}")
+        for name, (result, arguments) in SIGNATURES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        return _Loaded(None, None, f"{path} cannot be used ({error}); {_remedy()}")
+    return _Loaded(library, path, None)
+
+
+def _remedy() -> str:
+    return f"in the source tree, run `{BUILD}`, or install the package again."

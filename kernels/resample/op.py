@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public face of resample: checks and dispatch."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from masktrain.kernels._checks import (
+    FULL_FLOATS,
+    check_at_least,
+    check_counts,
+    check_no_gradient,
+    check_tensor,
+)
+from masktrain.kernels._dispatch import Implementation, choose
+from masktrain.kernels.resample import reference
+
+IMPLEMENTATIONS = (Implementation("reference", reference.resample, lambda *_: None),)
+
+
+def resample(
+    samples: Tensor,
+    lengths: tuple[int, ...],
+    rates: tuple[int, ...],
+    target_rate: int,
+    *,
+    implementation: str | None = None,
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Return packed waveforms at `target_rate`, and their lengths.
+
+    samples: (S,) float32 or float64, clips one after another. lengths: samples of each clip. rates: Hz, one per clip.
+    Returns (S',) samples in the same dtype and the lengths ceil(n * target_rate / rate). Sample m of a result lies at
+    time m / target_rate: nothing is shifted. A clip counts as silent outside its samples, and its neighbours in the
+    packed tensor do not matter. A clip that is at the target rate already is passed through as it is.
+
+    The filter is a windowed sinc, evaluated at exact rational positions. With the Nyquist frequency of the lower of
+    the two rates as 1: flat to 0.0002 dB up to 0.90, -6 dB at 0.95, at most -98 dB from 1.00 on, linear phase; a
+    constant stays that constant. Everything is treated as data: no gradient.
+
+    Raises TypeError or ValueError for a wrong dtype, shape, length or rate.
+    """
+    check_tensor("resample", "samples", samples, FULL_FLOATS, ("S",))
+    check_no_gradient("resample", samples=samples)
+    check_counts("resample", "lengths", lengths)
+    check_counts("resample", "rates", rates, len(lengths))
+    for rate in rates:
+        check_at_least("resample", "rates", rate, 1)
+    check_at_least("resample", "target_rate", target_rate, 1)
+    if sum(lengths) != samples.shape[0]:
+        raise ValueError(
+            f"resample: lengths must add up to the {samples.shape[0]} samples, received {sum(lengths)}."
+        )
+    choice = choose("resample", IMPLEMENTATIONS, samples, request=implementation)
+    return choice.function(samples, lengths, rates, target_rate)

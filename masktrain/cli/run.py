@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`masktrain run`: pretrain a recipe, or continue an interrupted run."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields, replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from masktrain.cli.options import override, parse_known
+from masktrain.config import differences
+from masktrain.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from masktrain.training.recipe import Recipe
+    from masktrain.training.run_spec import RunSpec
+
+# Without data and without a GPU: about two minutes on two cores. With a GPU the demo corpus is soon learned as well.
+DEMO_STEPS = {"cpu": 150, "cuda": 1000}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Pretrain a recipe.
+
+    Any field of the recipe is an option as well, by its dotted name: --masking.mask-ratio 0.8. `masktrain recipes
+    show NAME` lists them with their values. Without --data, a small demo corpus is made and trained on.
+    """
+
+    recipe: str | None = None
+    """What to train; `masktrain recipes list` shows all."""
+    data: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
+    """A folder, an audio file or a manifest (CSV, TSV, AST JSON, M2D CSV, fairseq TSV); may be repeated."""
+    out: Path | None = None
+    """Folder of the run; default runs/RECIPE_DATE-TIME."""
+    steps: int | None = None
+    """Optimiser steps; every horizon of the recipe scales with it. Default: as published."""
+    minutes: float | None = None
+    """Run length as time instead: a few steps are measured first, then the number of steps is fixed."""
+    batch_size: int | None = None
+    """Clips of one step over all GPUs and micro-batches."""
+    size: Literal["tiny", "small", "base"] | None = None
+    """Named size of model, batch and learning rate."""
+    masking: str | None = None
+    """Another masking strategy on this recipe: random, chunk, frame."""
+    loader: Literal["auto", "dali", "soundfile"] | None = None
+    """What decodes the audio."""
+    device: str | None = None
+    """auto, cpu, cuda or cuda:N."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] | None = None
+    """Number format of the matrix products."""
+    seed: int | None = None
+    """Seed of every random choice."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints."""
+    resume: Path | None = None
+    """Continue the run in this folder: the same run, nothing else may differ."""
+    init_from: Path | None = None
+    """Start from the weights of this checkpoint (weights only)."""
+    json: Path | None = None
+    """Also write the summary there."""
+
+
+def main(arguments: list[str]) -> None:
+    """Run `masktrain run`."""
+    options, rest = parse_known(Options, "run", arguments)
+    if options.steps is not None and options.minutes is not None:
+        raise ConfigError("--steps and --minutes: give one of them, not both.")
+    if options.minutes is not None and not 0 < options.minutes < 1e6:
+        raise ConfigError(f"--minutes: must be above 0; received {options.minutes}.")
+    for name in ("steps", "batch_size", "checkpoint_every"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')}: must be at least 1; received {value}.")
+
+    from masktrain.training.trainer import train
+
+    spec = _resumed(options, rest) if options.resume else _fresh(options, rest)
+    train(spec, options.json)
+
+
+def _fresh(options: Options, rest: list[str]) -> RunSpec:
+    from masktrain.recipes import find
+    from masktrain.training.distributed import pick_device
+    from masktrain.training.run_spec import RunSpec
+
+    if options.recipe is None:
+        raise ConfigError("--recipe is missing. `masktrain recipes list` shows what can be trained.")
+    device = pick_device(options.device or "auto")
+    demo = not options.data
+    notes = []
+    size = options.size
+    if size is None and demo and device.type == "cpu":
+        size = "tiny"
+        notes.append("size tiny: no CUDA device was found or asked for")
+    recipe = _adjusted(find(options.recipe, size or "base"), options, rest)
+    if options.steps is None and options.minutes is None and demo:
+        steps = DEMO_STEPS[device.type]
+        recipe = replace(recipe, train=replace(recipe.train, steps=steps))
+        notes.append(f"{steps} steps: a short run, since there is no --data; --steps sets another length")
+    manifests = tuple(path.absolute() for path in options.data)
+    for path in manifests:
+        if not path.exists():
+            raise DataError(f"--data {path}: no such file or folder.")
+    return RunSpec(
+        recipe=recipe,
+        data=manifests,
+        out=(options.out or _default_out(recipe)).absolute(),
+        device=options.device or "auto",
+        minutes=options.minutes,
+        init_from=options.init_from.absolute() if options.init_from else None,
+        resume=False,
+        notes=tuple(notes),
+    )
+
+
+def _default_out(recipe: Recipe) -> Path:
+    stamp = os.environ.get("TORCHELASTIC_RUN_ID")  # the ranks of one run must agree on the folder
+    name = f"{recipe.name}_{datetime.now():%Y-%m-%d_%H-%M-%S}" if stamp is None else f"{recipe.name}_{stamp}"
+    return Path("runs") / name
+
+
+def _adjusted(recipe: Recipe, options: Options, rest: list[str]) -> Recipe:
+    """Apply the dotted overrides, then the named options."""
+    from masktrain.masking.registry import strategy
+
+    recipe = override(recipe, "run", rest)
+    if options.masking is not None and options.masking != type(recipe.masking).name:
+        cls = strategy(options.masking)
+        recipe = replace(recipe, masking=cls(mask_ratio=recipe.masking.mask_ratio))
+    if options.batch_size is not None:
+        recipe = replace(recipe, batch_size=options.batch_size)
+    if options.seed is not None:
+        recipe = replace(recipe, seed=options.seed)
+    if options.loader is not None:
+        recipe = replace(recipe, data=replace(recipe.data, loader=options.loader))
+    train = recipe.train
+    if options.steps is not None:
+        train = replace(train, steps=options.steps)
+    if options.precision is not None:
+        train = replace(train, precision=options.precision)
+    if options.checkpoint_every is not None:
+        train = replace(train, checkpoint_every=options.checkpoint_every)
+    return replace(recipe, train=train)
+
+
+def _resumed(options: Options, rest: list[str]) -> RunSpec:
+    """Return the stored run; whatever was given beside --resume must agree with it."""
+    from masktrain.training.run_spec import read_spec, same_run
+
+    assert options.resume is not None
+    stored = read_spec(options.resume.absolute())
+    clashes: list[tuple[str, Any, Any]] = []
+    given = {f.name for f in fields(options) if getattr(options, f.name) not in (None, ())} - {"resume", "json"}
+    asked = {
+        "recipe": (stored.recipe.name, options.recipe),
+        "size": (stored.recipe.size, options.size),
+        "data": (tuple(map(str, stored.data)), tuple(str(p.absolute()) for p in options.data)),
+        "out": (str(stored.out), str(options.out.absolute()) if options.out else None),
+        "device": (stored.device, options.device),
+        "init_from": (str(stored.init_from), str(options.init_from)),
+    }
+    for name, (old, new) in asked.items():
+        if name in given and old != new:
+            clashes.append((name, old, new))
+    if options.minutes is not None:
+        clashes.append(("minutes", f"{stored.recipe.train.steps} steps", options.minutes))
+    adjusted = _adjusted(stored.recipe, options, rest)
+    clashes += [d for d in differences(stored.recipe, adjusted) if not same_run(d[0])]
+    if clashes:
+        listed = "; ".join(f"{name}: the run has {old}, received {new}" for name, old, new in clashes)
+        raise ConfigError(
+            f"--resume {options.resume}: nothing else may differ from the run. {listed}. "
+            "Leave these options out, or start a new run with --out (and --init-from for its weights)."
+        )
+    return replace(stored, recipe=adjusted)

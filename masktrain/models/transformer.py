@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stack of transformer blocks over packed clips of any length.
+
+The block is fairseq's TransformerSentenceEncoderLayer as AlanBaade/MAE-AST-Public:mae_ast/models/mae_ast.py
+has it, with LayerNorm after (norm "post") or before (norm "pre") each half.
+
+Dropout sites. Each stack has a base number; every place that drops has its own:
+
+| site | drops |
+| --- | --- |
+| base + 0 | rows that enter the stack |
+| base + 8 (l + 1) + 0 | attention weights of layer l |
+| base + 8 (l + 1) + 1 | output of the attention of layer l |
+| base + 8 (l + 1) + 2 | hidden values of the feed-forward part of layer l |
+| base + 8 (l + 1) + 3 | output of the feed-forward part of layer l |
+
+Layers are dropped on the host, by the word of (seed, step) with stream = base and id = l.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from masktrain.kernels.dropout import dropout
+from masktrain.kernels.philox import Purpose, host_words
+from masktrain.kernels.varlen_attention import varlen_attention
+from masktrain.types import StepKey
+
+# Sites of one stack: 8 for its input and 8 for each of up to 511 layers.
+STACK_SITES = 4096
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of packed clips. cu: (B+1,) int32, lengths: rows of each clip on the host. clip_ids: (B,)
+    int64. ids, positions: (N,) int64, each row's clip id and token number within its clip."""
+
+    cu: Tensor
+    lengths: tuple[int, ...]
+    clip_ids: Tensor
+    ids: Tensor
+    positions: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackConfig:
+    """One stack. base: the first of its STACK_SITES dropout sites."""
+
+    layers: int
+    width: int
+    ffn_width: int
+    heads: int
+    norm: Literal["post", "pre"]
+    dropout: float
+    attention_dropout: float
+    activation_dropout: float
+    layerdrop: float
+    base: int
+
+
+class Block(nn.Module):
+    """Attention and feed-forward part of one layer; q, k and v come from one matrix product."""
+
+    def __init__(self, config: StackConfig, layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.site = config.base + 8 * (layer + 1)
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.out = nn.Linear(config.width, config.width)
+        self.attention_norm = nn.LayerNorm(config.width)
+        self.fc1 = nn.Linear(config.width, config.ffn_width)
+        self.fc2 = nn.Linear(config.ffn_width, config.width)
+        self.ffn_norm = nn.LayerNorm(config.width)
+
+    def forward(self, x: Tensor, rows: Rows, key: StepKey | None) -> Tensor:
+        """x: (N, width). key: None for no dropout."""
+        if self.config.norm == "pre":
+            x = x + self._attend(self.attention_norm(x), rows, key)
+            return x + self._feed(self.ffn_norm(x), rows, key)
+        x = self.attention_norm(x + self._attend(x, rows, key))
+        return self.ffn_norm(x + self._feed(x, rows, key))
+
+    def _attend(self, x: Tensor, rows: Rows, key: StepKey | None) -> Tensor:
+        config = self.config
+        q, k, v = self.qkv(x).unflatten(1, (3, config.heads, config.width // config.heads)).unbind(1)
+        x = varlen_attention(
+            q,
+            k,
+            v,
+            rows.cu,
+            rows.lengths,
+            dropout_p=config.attention_dropout if key else 0.0,
+            counter=key.counter if key else None,
+            clip_ids=rows.clip_ids,
+            site=self.site,
+        )
+        return drop(self.out(x.flatten(1)), config.dropout, rows, key, self.site + 1)
+
+    def _feed(self, x: Tensor, rows: Rows, key: StepKey | None) -> Tensor:
+        x = F.gelu(self.fc1(x))
+        x = drop(x, self.config.activation_dropout, rows, key, self.site + 2)
+        return drop(self.fc2(x), self.config.dropout, rows, key, self.site + 3)
+
+
+class Stack(nn.Module):
+    """Blocks with the LayerNorm of the stack: at its start (norm "post") or at its end (norm "pre")."""
+
+    def __init__(self, config: StackConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.norm = nn.LayerNorm(config.width)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.apply(_bert_init)
+
+    def forward(self, x: Tensor, rows: Rows, key: StepKey | None) -> Tensor:
+        """x: (N, width). key: None for no dropout and all layers."""
+        config = self.config
+        if config.norm == "post":
+            x = self.norm(x)
+        x = drop(x, config.dropout, rows, key, config.base)
+        for layer in self.active(key):
+            x = self.blocks[layer](x, rows, key)
+        return self.norm(x) if config.norm == "pre" else x
+
+    def active(self, key: StepKey | None) -> tuple[int, ...]:
+        """Return the layers that run in the step of `key`; all for None."""
+        layers = range(self.config.layers)
+        threshold = round(self.config.layerdrop * 2**32)
+        if key is None or threshold == 0:
+            return tuple(layers)
+        words = (
+            host_words(key.seed, key.step, layer, 1, purpose=Purpose.LAYERDROP, stream=self.config.base)[0]
+            for layer in layers
+        )
+        return tuple(layer for layer, word in zip(layers, words, strict=True) if word >= threshold)
+
+
+def drop(x: Tensor, p: float, rows: Rows, key: StepKey | None, site: int) -> Tensor:
+    """Return x (N, D) with dropout, or x itself where there is none."""
+    if key is None or p == 0:
+        return x
+    return dropout(x, p, key.counter, rows.ids, rows.positions, site=site)
+
+
+def _bert_init(module: nn.Module) -> None:
+    """Weights of matrices N(0, 0.02), biases 0 (fairseq's init_bert_params); LayerNorm stays 1 and 0."""
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything a run leaves behind but its checkpoints: config, rows, pictures, summary, and what it says meanwhile.
+
+Only the first rank writes and speaks; the others go through the same calls.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from masktrain.kernels.log_mel.filters import centre_frequencies
+from masktrain.training import loggers, pictures, run_dir
+from masktrain.training.console import Console
+from masktrain.training.distributed import World
+from masktrain.training.kernel_choices import kernel_choices
+from masktrain.training.metrics import Meter, check_finite, peak_flops
+from masktrain.training.run_spec import RunSpec, spec_to_json
+from masktrain.types import Spectrogram, StepKey, cumulative
+
+if TYPE_CHECKING:
+    from masktrain.data.loader import Loader
+    from masktrain.training.step import StepResult
+
+ALWAYS_LOGGED = 10
+SHORT_RUN = 1000
+LONG_RUN_EVERY = 50
+PADDING_WARNING = 0.2
+MAP_PLANS = 512
+
+
+class Report:
+    """The record of one run. Use as a context: its folder is locked meanwhile."""
+
+    def __init__(self, spec: RunSpec, world: World, console: Console, manifest_digest: str, steps: int) -> None:
+        self.spec = spec
+        self.recipe = spec.recipe
+        self.world = world
+        self.console = console
+        self.digest = manifest_digest
+        self.steps = steps
+        self.start = 0
+        self.run: run_dir.RunDir | None = None
+        self._jsonl: loggers.JsonlLogger | None = None
+        self._tensorboard: loggers.TensorBoardLogger | None = None
+        self._validations: loggers.JsonlLogger | None = None
+        self._meter: Meter | None = None
+        self._baseline: dict[str, float] = {}
+        self._first_loss: float | None = None
+        self._warned_padding = False
+        self._began = time.monotonic()
+
+    def __enter__(self) -> Report:
+        if self.world.first:
+            self.run = run_dir.RunDir.reopen(self.spec.out) if self.spec.resume else run_dir.RunDir.create(self.spec.out)
+            if not self.spec.resume:
+                self.run.write_config(spec_to_json(self.spec, self.digest))
+            if self.run.note:
+                self.console.warn(self.run.note)
+        self.world.barrier()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.console.close()
+        for logger in (self._jsonl, self._tensorboard, self._validations):
+            if logger is not None:
+                logger.close()
+        if self.run is not None:
+            self.run.close()
+
+    def begin(self, block: list[tuple[str, str]], start: int) -> None:
+        """Say what runs, and open the loggers behind the `start` steps that are done."""
+        self.start = start
+        device = self.world.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        precision = self.recipe.train.precision
+        rows = self.rows() if start else []
+        self._first_loss = rows[0]["loss"] if rows else None
+        self._meter = Meter(
+            device,
+            self.steps,
+            peak=peak_flops(name, "bf16" if precision == "auto" else precision),
+            devices=self.world.size,
+            elapsed_s=next((r["elapsed_s"] for r in reversed(rows) if r["step"] <= start), 0.0),
+        )
+        if self.run is None:
+            return
+        self.run.write_env(run_dir.environment(device, kernel_choices(device), self.world.size))
+        self._jsonl = loggers.JsonlLogger(self.run.metrics, start)
+        self._tensorboard = loggers.TensorBoardLogger(self.run.tensorboard, start)
+        self._validations = loggers.JsonlLogger(self._validation_path, start)
+        self.console.start_block([*block, ("out", str(self.run.path))])
+        self.console.begin(self.steps, start)
+
+    @property
+    def _validation_path(self) -> Path:
+        return self.spec.out / "validation.jsonl"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the rows logged so far."""
+        return loggers.read_rows(self.spec.out / "metrics.jsonl")
+
+    def stepped(self, done: int, result: StepResult, loader: Loader, last: bool) -> None:
+        """Take in a finished step, and log it where a row is due. Raises RunError when training has broken down."""
+        assert self._meter is not None
+        self._meter.add(result, loader.wait_seconds)
+        every = self.recipe.train.log_every or (1 if self.steps <= SHORT_RUN else LONG_RUN_EVERY)
+        if not (last or done <= ALWAYS_LOGGED or done % every == 0):
+            return
+        row = self._meter.row(done)
+        if result.baseline:
+            row |= {f"baseline_{name}": float(value) for name, value in result.baseline.items()}
+        self._first_loss = row["loss"] if self._first_loss is None else self._first_loss
+        if self._jsonl is not None and self._tensorboard is not None:
+            self._jsonl.log(row)
+            self._tensorboard.log(row)
+            self.console.update(row)
+        self._warn_of_padding(row)
+        check_finite(row, self._first_loss, scaled=result.scaled)
+
+    def _warn_of_padding(self, row: Mapping[str, Any]) -> None:
+        if row["padding_share"] > PADDING_WARNING and not self._warned_padding:
+            self._warned_padding = True
+            self.console.warn(
+                f"{100 * row['padding_share']:.0f} % of the tokens are padding, which is attended and counted as "
+                "the reference does; --data.padding none packs the clips instead."
+            )
+
+    def validated(self, validation: pictures.Validation, drawn: list[pictures.Reconstruction]) -> None:
+        """Log losses of held-out clips, and draw them."""
+        assert self._meter is not None
+        if self.run is None or self._validations is None or self._tensorboard is None:
+            return
+        with self._meter.paused():
+            step = validation.step
+            self._validations.log(dataclasses.asdict(validation))
+            scalars = {f"val_{name}": value for name, value in validation.parts.items()}
+            self._tensorboard.log({"step": step, "val_loss": validation.loss, **scalars})
+            self.console.note(
+                f"held-out clips after {step} steps: loss {validation.loss:.4g} (per-bin mean {validation.baseline:.4g})"
+            )
+            if drawn:
+                figure = pictures.reconstruction_figure(
+                    drawn,
+                    self._axes(),
+                    f"{self.recipe.name}, {self.recipe.size}: held-out clips after {step} steps",
+                    self.recipe.tokens.patch_time,
+                )
+                png = pictures.save(figure, self.run.pictures / f"reconstruction_{step:08d}.png")
+                self._tensorboard.picture("reconstruction", step, png)
+
+    def _axes(self) -> pictures.MelAxes:
+        frontend = self.recipe.frontend
+        return pictures.MelAxes(centre_frequencies(frontend.mel).numpy(), 1 / frontend.frame_rate)
+
+    def draw_mask_rate(self, frames: int) -> None:
+        """Draw how often the strategy masks each token of a clip of `frames` frames: a strategy's bias shows here."""
+        if self.run is None:
+            return
+        lengths = (frames,) * MAP_PLANS
+        none = torch.zeros(0, self.recipe.frontend.n_mels)
+        spectrogram = Spectrogram(none, lengths, cumulative(lengths, torch.int64, "cpu"), torch.arange(MAP_PLANS))
+        plan = self.recipe.masking.plan(
+            self.recipe.grid.layout(spectrogram), StepKey.make(self.recipe.seed, 0, "cpu")
+        )
+        rate = pictures.MaskRate(self.recipe.grid.freq)
+        for grid in pictures.mask_grids(plan):
+            rate.add(grid)
+        figure = pictures.mask_rate_figure(
+            rate,
+            self._axes(),
+            self.recipe.tokens.patch_time,
+            self.recipe.tokens.patch_freq,
+            f"{self.recipe.name}: mask rate of {self.recipe.masking.name} masking over {MAP_PLANS} clips",
+        )
+        pictures.save(figure, self.run.pictures / "mask_rate.png")
+
+    def finish(self, done: int, bad: int, notes: Mapping[str, int], summary_json: Path | None) -> None:
+        """Draw the curves, write the summary and say how the run ended."""
+        if self.run is None:
+            return
+        self.console.close()
+        rows = self.rows()
+        validations = [
+            pictures.Validation(**{f.name: row[f.name] for f in dataclasses.fields(pictures.Validation)})
+            for row in loggers.read_rows(self._validation_path)
+        ]
+        if rows:
+            title = f"{self.recipe.name}, {self.recipe.size}, {self.recipe.train.steps or done} steps"
+            pictures.save(pictures.loss_figure(rows, validations, title), self.run.pictures / "loss.png")
+            pictures.save(pictures.throughput_figure(rows, title), self.run.pictures / "throughput.png")
+        summary = summarise(rows, validations, done, self.steps)
+        summary |= {
+            "recipe": self.recipe.name,
+            "size": self.recipe.size,
+            "bad_clips": bad,
+            "clip_notes": dict(notes),
+            "seconds": time.monotonic() - self._began,
+        }
+        self.run.write_summary(summary)
+        if summary_json is not None:
+            run_dir.write_json(summary_json, summary)
+        self.console.finish(ending(summary, self.run.path))
+
+
+def summarise(
+    rows: list[dict[str, Any]], validations: list[pictures.Validation], done: int, steps: int
+) -> dict[str, Any]:
+    """Return what summary.json says of the losses.
+
+    loss_first: mean of steps 2 to 6. loss_last: mean of the last tenth of the steps done. loss_baseline: of the
+    predictor that knows each mel bin's mean, on the clips of steps 2 to 6.
+    """
+    first = [row for row in rows if 2 <= row["step"] <= 6]
+    last = [row for row in rows if row["step"] > done - max(1, done // 10)]
+    summary: dict[str, Any] = {
+        "complete": done == steps,
+        "steps": done,
+        "steps_planned": steps,
+        "loss_first": mean_of(first, "loss"),
+        "loss_last": mean_of(last, "loss"),
+        "loss_baseline": mean_of(first, "baseline_loss"),
+        "clips_per_s": median_of(rows, "clips_per_s"),
+        "data_wait_share": median_of(rows, "data_wait_share"),
+        "peak_memory_gib": max((row["peak_memory_gib"] for row in rows), default=None),
+    }
+    for name in sorted({name for row in last for name in row if name.startswith("loss_") and name != "loss_max"}):
+        part = name.removeprefix("loss_")
+        summary[f"first_{part}"] = mean_of(first, name)
+        summary[f"last_{part}"] = mean_of(last, name)
+        summary[f"baseline_{part}"] = mean_of(first, f"baseline_{part}")
+    if validations:
+        summary["validation"] = [dataclasses.asdict(v) for v in validations]
+    return summary
+
+
+def mean_of(rows: list[dict[str, Any]], name: str) -> float | None:
+    """Return the mean of a column over the rows that have it, None where none has."""
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return math.fsum(values) / len(values) if values else None
+
+
+def median_of(rows: list[dict[str, Any]], name: str) -> float | None:
+    """Return the median of a column over the rows that have it, None where none has."""
+    values = sorted(row[name] for row in rows if row.get(name) is not None)
+    return values[len(values) // 2] if values else None
+
+
+def ending(summary: Mapping[str, Any], path: Path) -> list[tuple[str, str]]:
+    """Return the lines that close a run."""
+    lines = []
+    if summary["complete"]:
+        lines.append(("done", f"{summary['steps']} steps in {summary['seconds']:.0f} s"))
+    else:
+        lines.append(("stopped", f"at step {summary['steps']} of {summary['steps_planned']}, saved"))
+        lines.append(("go on", f"masktrain run --resume {path}"))
+    if summary["loss_first"] and summary["loss_last"] is not None and summary["loss_baseline"] is not None:
+        change = 100 * (1 - summary["loss_last"] / summary["loss_first"])
+        lines.append(
+            (
+                "loss",
+                f"{summary['loss_first']:.4g} (steps 2 to 6) -> {summary['loss_last']:.4g} (last tenth), {change:.0f} % "
+                f"lower; predicting the per-bin mean: {summary['loss_baseline']:.4g}",
+            )
+        )
+    if summary["bad_clips"]:
+        lines.append(("bad clips", f"{summary['bad_clips']}, each named above and replaced by another"))
+    for note, count in summary["clip_notes"].items():
+        lines.append(("clips", f"{count} {note}"))
+    lines.append(("run", json.dumps(str(path))[1:-1]))
+    return lines

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run as it was asked for, and how it is stored in and read from config.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from masktrain import __version__
+from masktrain.config import from_dict, to_dict
+from masktrain.errors import CheckpointError, ConfigError
+from masktrain.training.recipe import Recipe
+
+CONFIG = "config.json"
+# fields that change how fast a run goes and nothing else: a resumed run may have other ones
+SAME_RUN = ("data.workers", "data.prefetch")
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """recipe: resolved but for a run length asked for in minutes. data: manifests, none for the demo corpus.
+    device: as asked for. notes: what was chosen for the user, and why."""
+
+    recipe: Recipe
+    data: tuple[Path, ...]
+    out: Path
+    device: str
+    minutes: float | None
+    init_from: Path | None
+    resume: bool
+    notes: tuple[str, ...]
+
+
+def same_run(field: str) -> bool:
+    """Whether runs that differ in this dotted field compute the same."""
+    return field in SAME_RUN
+
+
+def spec_to_json(spec: RunSpec, manifest_digest: str) -> dict[str, Any]:
+    """Return what config.json holds."""
+    return {
+        "masktrain": __version__,
+        "recipe": to_dict(spec.recipe),
+        "run": {
+            "data": [str(p) for p in spec.data],
+            "manifest_digest": manifest_digest,
+            "device": spec.device,
+            "init_from": str(spec.init_from) if spec.init_from else None,
+        },
+    }
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not folder.is_dir():
+        raise ConfigError(f"--resume {folder}: no such folder.")
+    if not path.is_file():
+        raise ConfigError(f"--resume {folder}: holds no {CONFIG}, so no run was started there.")
+    try:
+        stored = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}). Restore it, or start a new run.") from error
+    if not isinstance(stored, dict) or not isinstance(stored.get("run"), dict):
+        raise CheckpointError(f"{path}: is not the config of a run. Restore it, or start a new run.")
+    return stored
+
+
+def read_spec(folder: Path) -> RunSpec:
+    """Return the run stored in `folder`, to be resumed. Raises ConfigError or CheckpointError where there is none."""
+    stored = _read(folder)
+    try:
+        run = stored["run"]
+        return RunSpec(
+            recipe=from_dict(Recipe, stored["recipe"], "recipe"),
+            data=tuple(Path(p) for p in run["data"]),
+            out=folder,
+            device=str(run["device"]),
+            minutes=None,
+            init_from=Path(run["init_from"]) if run["init_from"] else None,
+            resume=True,
+            notes=(),
+        )
+    except (KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(f"{folder / CONFIG}: does not describe a run: {error}. Restore it, or start a new run.") from error
+
+
+def stored_manifest_digest(folder: Path) -> str:
+    """Return the digest of the clips that the run in `folder` was started with."""
+    return str(_read(folder)["run"].get("manifest_digest"))

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The learning rate as a function of the step, and every horizon of a recipe, scaled with the run length.
+
+A recipe stores its horizons (warm-up, decay, EMA ramps) with the run length they were published for. A run of
+another length keeps the fractions; with `scaling="absolute"` it keeps the counts.
+
+With W warm-up updates, N updates in all and s = 0, 1, ... N - 1 updates made, the factor on the peak is
+  warm-up  s < W:   (s + 1) / (W + 1)
+  linear   s >= W:  (N - s) / (N - W)
+  cosine   s >= W:  sin^2(pi/2 (N - s) / (N - W)), from the peak to `min_lr`: the half cosine
+                    1/2 (1 + cos(pi (s - W) / (N - W))) without its cancellation at the end
+so the first and the last update both move the weights, and the peak is reached once, at s = W. The polynomial
+schedule of power 1 in fairseq (facebookresearch/fairseq, optim/lr_scheduler/polynomial_decay_schedule.py) has
+the same peak and decay; its warm-up is s / W, so that its first update is made at rate 0.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from masktrain.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """The published schedule and how it is brought to another run length."""
+
+    kind: Literal["linear", "cosine"]
+    """Decay after the linear warm-up: straight to 0, or half a cosine to min_lr."""
+    warmup_steps: int
+    """Published warm-up, in updates."""
+    total_steps: int
+    """Published run length, in updates."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the cosine."""
+    scaling: Literal["fraction", "absolute"] = "fraction"
+    """fraction: horizons keep their share of the run. absolute: they keep their published counts."""
+
+    def __post_init__(self) -> None:
+        if self.total_steps < 1:
+            raise ConfigError(f"schedule.total_steps: must be at least 1; received {self.total_steps}.")
+        if not 0 <= self.warmup_steps <= self.total_steps:
+            raise ConfigError(
+                f"schedule.warmup_steps: must lie between 0 and total_steps ({self.total_steps}); "
+                f"received {self.warmup_steps}."
+            )
+        if not (math.isfinite(self.min_lr) and self.min_lr >= 0):
+            raise ConfigError(f"schedule.min_lr: must be at least 0; received {self.min_lr}.")
+        if self.kind == "linear" and self.min_lr:
+            raise ConfigError(
+                f"schedule.min_lr: the linear decay ends at 0; received {self.min_lr}. "
+                "Leave it at 0 or take schedule.kind cosine."
+            )
+
+
+@dataclass(frozen=True)
+class ResolvedSchedule:
+    """The schedule of one run. lr: the peak. steps: updates of the run. warmup: updates before the peak.
+    horizon: updates before the end of the decay, at least `steps`."""
+
+    config: ScheduleConfig
+    lr: float
+    steps: int
+    warmup: int
+    horizon: int
+
+    def lr_at(self, step: int) -> float:
+        """Return the rate of the update that follows `step` updates; 0 <= step < steps, always above 0."""
+        if not 0 <= step < self.steps:
+            raise ValueError(f"lr_at: step must lie in [0, {self.steps}); received {step}")
+        if step < self.warmup:
+            return self.lr * ((step + 1) / (self.warmup + 1))
+        left = (self.horizon - step) / (self.horizon - self.warmup)
+        if self.config.kind == "linear":
+            return self.lr * left
+        return self.config.min_lr + (self.lr - self.config.min_lr) * math.sin(0.5 * math.pi * left) ** 2
+
+    def describe(self) -> list[str]:
+        """Return the lines of the start block: the schedule, what was scaled, what does not fit."""
+        config = self.config
+        end = f"{config.min_lr:.3g}" if config.kind == "cosine" else "0"
+        warmup = (
+            f"warm-up of {self.warmup} steps to {self.lr:.3g}, " if self.warmup else f"from {self.lr:.3g}, "
+        )
+        lines = [f"learning rate: {warmup}{config.kind} decay to {end} at step {self.horizon}"]
+        if self.steps == config.total_steps:
+            lines.append("run length: as published; nothing is scaled")
+        elif config.scaling == "fraction":
+            change = f"run length {config.total_steps} -> {self.steps} steps (as published x "
+            change += f"{self.steps / config.total_steps:.3g})"
+            if config.warmup_steps:
+                change += f", warm-up {config.warmup_steps} -> {self.warmup} steps"
+            lines.append(f"scaled: {change}")
+        else:
+            lines.append(
+                f"run length: {self.steps} of the published {config.total_steps} steps; nothing is scaled "
+                "(schedule.scaling absolute)"
+            )
+            if self.steps <= self.warmup:
+                lines.append(
+                    f"warning: the run ends inside the warm-up, at a learning rate of "
+                    f"{self.lr_at(self.steps - 1):.3g} of {self.lr:.3g}; schedule.scaling fraction scales it"
+                )
+        return lines
+
+
+def resolve(config: ScheduleConfig, steps: int, lr: float) -> ResolvedSchedule:
+    """Return the schedule of a run of `steps` updates whose peak learning rate is `lr`.
+
+    Raises ConfigError for a run that outlasts an absolute schedule, and for a peak below `min_lr`.
+    """
+    if steps < 1:
+        raise ConfigError(f"--steps: must be at least 1; received {steps}.")
+    if lr < config.min_lr:
+        raise ConfigError(
+            f"schedule.min_lr: {config.min_lr:.3g} is above the peak learning rate of {lr:.3g}; lower it."
+        )
+    if config.scaling == "fraction":
+        warmup = scale_horizon(config.warmup_steps, config.total_steps, steps)
+        return ResolvedSchedule(config, lr, steps, warmup, steps)
+    if steps > config.total_steps:
+        raise ConfigError(
+            f"--steps: {steps} steps are more than the {config.total_steps} of schedule.total_steps, after "
+            "which the learning rate would be 0. Lower --steps, raise schedule.total_steps, or use "
+            "schedule.scaling fraction."
+        )
+    return ResolvedSchedule(config, lr, steps, config.warmup_steps, config.total_steps)
+
+
+def scale_horizon(count: int, published: int, steps: int) -> int:
+    """Return `count` of `published` updates as the same share of `steps`, rounded.
+
+    At least 1 where the published count is: a warm-up stays one.
+    """
+    return max((2 * count * steps + published) // (2 * published), min(count, 1))
+
+
+def scale_ema(decay: float, published: int, steps: int) -> float:
+    """Return the EMA decay with which `steps` updates forget as much as `published` ones do with `decay`.
+
+    That is decay^(published / steps), but not below 0.99 (nor below `decay`, where that is lower): a teacher
+    that follows its student at once teaches nothing.
+    """
+    if not 0 <= decay <= 1:
+        raise ConfigError(f"ema decay: must lie in [0, 1]; received {decay}.")
+    return max(min(decay, 0.99), decay ** (published / steps))

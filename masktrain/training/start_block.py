@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run says before its first step, and the facts about its machine that its results depend on."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from masktrain import __version__
+from masktrain.models.flops import activation_bytes
+from masktrain.training.kernel_choices import kernel_choices
+from masktrain.training.memory import expected_memory
+from masktrain.training.run_dir import cpu_model
+
+if TYPE_CHECKING:
+    from masktrain.training.distributed import World
+    from masktrain.training.trainer import Trainer
+
+
+def environment(world: World) -> dict[str, Any]:
+    """Return what bit-exact continuation depends on: builds, device, ranks, threads, kernel choices."""
+    device = world.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model()
+    return {
+        "masktrain": __version__,
+        "torch": torch.__version__,
+        "device": name,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "ranks": world.size,
+        "threads": torch.get_num_threads(),
+        "kernels": {choice.op: choice.name for choice in kernel_choices(device)},
+    }
+
+
+def differences_at_resume(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return a line for each fact that differs from those in the checkpoint."""
+    return [
+        f"{name}: the checkpoint has {saved.get(name)!r}, here it is {now.get(name)!r}"
+        for name in sorted(saved.keys() | now.keys())
+        if saved.get(name) != now.get(name)
+    ]
+
+
+def start_block(trainer: Trainer) -> list[tuple[str, str]]:
+    """Return (label, text) lines: what runs, on what and why so, what was scaled, what it is expected to take."""
+    recipe, world, model = trainer.recipe, trainer.world, trainer.step.model
+    clips, batch = len(trainer.manifest), recipe.batch_size
+    per_rank = batch // world.size // recipe.train.accumulation
+    layout = f"{world.size} ranks x {recipe.train.accumulation} micro-batches of {per_rank}"
+    parameters = sum(p.numel() for p in model.parameters())
+    held = f", {len(trainer.held_out)} held out" if len(trainer.held_out) else ", none held out (under 20 clips)"
+    lines = [
+        ("recipe", f"{recipe.name}, size {recipe.size} ({recipe.paper})"),
+        ("device", _device_line(world)),
+        ("precision", f"{trainer.precision.name}: {trainer.precision.reason}"),
+        ("data", f"{clips} clips, {trainer.manifest.seconds / 3600:.2f} h{held}"),
+        ("loader", trainer.loader_reason),
+        ("input", _input_line(trainer)),
+        ("masking", _masking_line(trainer)),
+        ("batch", f"{batch} clips" + (f" = {layout}" if per_rank != batch else "")),
+        ("steps", f"{trainer.steps} ({trainer.steps * batch / clips:.3g} epochs of {clips} clips)"),
+        *(("schedule", line) for line in trainer.schedule.describe()),
+        ("optimiser", recipe.optim.describe(batch)),
+        ("parameters", f"{parameters / 1e6:.2f} M"),
+        ("memory", expected_memory(model, activation_bytes(model, _typical_tokens(trainer), per_rank)).describe()),
+    ]
+    for choice in kernel_choices(world.device):
+        why = "; ".join(f"{name} not: {reason}" for name, reason in choice.passed_over)
+        lines.append((f"op {choice.op}", choice.name + (f" ({why})" if why else "")))
+    return lines + [("note", note) for note in trainer.spec.notes]
+
+
+def _device_line(world: World) -> str:
+    if world.device.type == "cuda":
+        name = torch.cuda.get_device_name(world.device)
+    else:
+        name = f"CPU, {torch.get_num_threads()} of {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    return name + (f", {world.size} ranks" if world.size > 1 else "")
+
+
+def _input_line(trainer: Trainer) -> str:
+    frontend, data = trainer.recipe.frontend, trainer.recipe.data
+    crop = "whole clips" if data.clip_seconds is None else f"clips of up to {data.clip_seconds:g} s"
+    if data.padding == "reference":
+        length = f"padded to {data.target_length} frames, as the reference does"
+    elif data.crop_to_batch_min:
+        length = "cropped to the shortest of the batch"
+    else:
+        length = "packed without padding"
+    return f"{frontend.sample_rate} Hz, {frontend.n_mels} mel bins ({frontend.preset}); {crop}, {length}"
+
+
+def _masking_line(trainer: Trainer) -> str:
+    grid, masking = trainer.recipe.grid, trainer.recipe.masking
+    return (
+        f"{masking.name}, {100 * masking.mask_ratio:g} % of the tokens of {grid.patch_time} frames x "
+        f"{grid.patch_freq} bins, {grid.order}-major"
+    )
+
+
+def _typical_tokens(trainer: Trainer) -> int:
+    """Tokens of a clip of mean length, after the crop."""
+    seconds = trainer.manifest.seconds / len(trainer.manifest)
+    if trainer.recipe.data.clip_seconds is not None:
+        seconds = min(seconds, trainer.recipe.data.clip_seconds)
+    frontend = trainer.recipe.frontend
+    return trainer.recipe.grid.tokens(frontend.frames_for(int(seconds * frontend.sample_rate), frontend.sample_rate))

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One optimiser step: audio of the micro-batches in, updated weights and the numbers of the step out.
+
+Every loss term is a (sum, count) pair divided by the count over all ranks and micro-batches, and the input
+statistics are float64 sums over the same global batch, so one process, several ranks and accumulation compute the
+same step. All randomness is keyed by (seed, step, clip id, position), so they also draw the same masks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from masktrain.frontend.frontend import Frontend
+from masktrain.frontend.length import crop_to, pad_to
+from masktrain.models.flops import train_flops
+from masktrain.models.mae_ast import MaeAst
+from masktrain.objectives import joint
+from masktrain.training.distributed import World, no_sync
+from masktrain.training.optim import clip_grad
+from masktrain.training.precision import Precision
+from masktrain.training.recipe import Recipe
+from masktrain.training.schedule import ResolvedSchedule
+from masktrain.types import AudioBatch, LossTerm, MaskPlan, Spectrogram, StepKey
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The numbers of one step over the whole batch. loss, parts, grad_norm stay on the device until they are logged.
+
+    baseline: loss and parts of the predictor that knows each mel bin's mean, where they were asked for. clips,
+    visible, tokens: how many. padding: tokens that lie in padding. flops: of this step, forward and
+    backward, as really done. clips_digest: of the clip ids and their positions in the batch. stop: whether a rank
+    was asked to stop. scaled: whether the loss is scaled, so that a step may be skipped.
+    """
+
+    loss: Tensor
+    parts: dict[str, Tensor]
+    grad_norm: Tensor
+    lr: float
+    baseline: dict[str, Tensor]
+    clips: int
+    visible: int
+    tokens: int
+    padding: int
+    flops: int
+    clips_digest: int
+    stop: bool
+    scaled: bool
+
+
+class Step:
+    """Runs optimiser steps of a recipe on one rank of the world."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: MaeAst,
+        optimizer: torch.optim.Optimizer,
+        schedule: ResolvedSchedule,
+        world: World,
+        precision: Precision,
+    ) -> None:
+        self.recipe = recipe
+        self.model = model
+        self.distributed: nn.Module = world.wrap(model, unused=recipe.model.may_drop_layers)
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.world = world
+        self.precision = precision
+        self.frontend = Frontend(recipe.frontend)
+        self.grid = recipe.grid
+        self.scaler = torch.amp.GradScaler(world.device.type) if precision.scaled else None
+        self.dtype = next(model.parameters()).dtype
+        self.skipped = 0
+
+    def __call__(
+        self, step: int, audio: list[AudioBatch], *, stop: bool = False, baseline: bool = False
+    ) -> StepResult:
+        """Do step `step` (0-based) with the micro-batches of this rank."""
+        key = StepKey.make(self.recipe.seed, step, self.world.device)
+        spectrograms = self.fit_lengths([self.spectrogram(a) for a in audio], key)
+        mean, scale = self._normalisation(spectrograms)
+        plans = [self.recipe.masking.plan(self.grid.layout(s), key) for s in spectrograms]
+        counts, totals = self._exchange(audio, plans, step, stop)
+        lr = self.schedule.lr_at(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = {name: torch.zeros((), dtype=torch.float64, device=self.world.device) for name in counts}
+        for i, (spectrogram, plan) in enumerate(zip(spectrograms, plans, strict=True)):
+            with no_sync(self.distributed, i + 1 < len(plans)):
+                with self.precision.autocast(self.world.device):
+                    output = self.distributed(spectrogram, plan, mean, scale, key)
+                terms = joint.terms(output, spectrogram, plan, mean, scale, self.recipe.objective)
+                loss = joint.total(terms, counts)
+                _add(parts, terms, counts)
+                # DistributedDataParallel averages gradients over ranks; the counts already span the ranks
+                scaled = loss * self.world.size
+                (self.scaler.scale(scaled) if self.scaler else scaled).backward()
+
+        grad_norm = self._update()
+        trivial = self._baseline(spectrograms, plans, mean, scale, counts) if baseline else {}
+        parts = self._over_ranks(parts)
+        return StepResult(
+            loss=parts.pop("loss"),
+            parts=parts,
+            baseline=trivial,
+            grad_norm=grad_norm,
+            lr=lr,
+            clips=self.recipe.batch_size,
+            visible=totals["visible"],
+            tokens=totals["tokens"],
+            padding=totals["padding"],
+            flops=totals["flops"],
+            clips_digest=totals["digest"],
+            stop=totals["stop"] > 0,
+            scaled=self.scaler is not None,
+        )
+
+    @torch.no_grad()
+    def _baseline(
+        self,
+        spectrograms: list[Spectrogram],
+        plans: list[MaskPlan],
+        mean: Tensor,
+        scale: Tensor,
+        counts: dict[str, int],
+    ) -> dict[str, Tensor]:
+        parts = {name: torch.zeros((), dtype=torch.float64, device=self.world.device) for name in counts}
+        for spectrogram, plan in zip(spectrograms, plans, strict=True):
+            terms = joint.per_bin_mean_terms(spectrogram, plan, mean, scale, self.recipe.objective)
+            _add(parts, terms, counts)
+        return self._over_ranks(parts)
+
+    def _over_ranks(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the parts of the whole batch and their weighted sum under "loss"."""
+        for value in parts.values():
+            self.world.sum_(value)
+        weights = joint.weights(self.recipe.objective)
+        total = torch.stack([weights[name] * value for name, value in parts.items()]).sum()
+        return {"loss": total, **parts}
+
+    def spectrogram(self, audio: AudioBatch) -> Spectrogram:
+        """Return the log-mel of one micro-batch on the device, in the model's dtype."""
+        device = self.world.device
+        moved = replace(
+            audio,
+            samples=audio.samples.to(device, non_blocking=True),
+            clip_ids=audio.clip_ids.to(device, non_blocking=True),
+        )
+        spectrogram = self.frontend(moved)
+        return replace(spectrogram, frames=spectrogram.frames.to(self.dtype))
+
+    def fit_lengths(self, spectrograms: list[Spectrogram], key: StepKey) -> list[Spectrogram]:
+        """Apply the recipe's length policy to the micro-batches of this rank."""
+        data = self.recipe.data
+        if data.padding == "reference":
+            assert data.target_length is not None
+            return [pad_to(s, data.target_length, key) for s in spectrograms]
+        if data.crop_to_batch_min:
+            shortest = min(min(s.lengths) for s in spectrograms)
+            shortest = -self.world.max_host([-shortest])[0]
+            return [crop_to(s, shortest, key) for s in spectrograms]
+        return spectrograms
+
+    def _normalisation(self, spectrograms: list[Spectrogram]) -> tuple[Tensor, Tensor]:
+        norm = self.model.input_norm
+        if not norm.uses_batch:
+            return norm.affine(None)
+        sums = torch.stack([norm.statistics(s.frames) for s in spectrograms]).sum(0)
+        self.world.sum_(sums)
+        norm.update(sums)
+        return norm.affine(sums)
+
+    def _exchange(
+        self, audio: list[AudioBatch], plans: list[MaskPlan], step: int, stop: bool
+    ) -> tuple[dict[str, int], dict[str, int]]:
+        """Return the loss counts and the totals of the global batch: one small sum over the ranks, on the host."""
+        names = list(joint.counts(plans[0], self.grid))
+        local_counts = [sum(joint.counts(p, self.grid)[n] for p in plans) for n in names]
+        layers = self.model.active_layers(StepKey.make(self.recipe.seed, step, "cpu"))
+        local = {
+            "visible": sum(sum(p.n_visible) for p in plans),
+            "tokens": sum(sum(p.layout.lengths) for p in plans),
+            "padding": sum(self._padding(a, p) for a, p in zip(audio, plans, strict=True)),
+            "flops": sum(train_flops(self.model, p, layers) for p in plans),
+            "digest": self._digest(audio),
+            "stop": int(stop),
+        }
+        summed = self.world.sum_host([*local_counts, *local.values()])
+        counts = dict(zip(names, summed[: len(names)], strict=True))
+        totals = dict(zip(local, summed[len(names) :], strict=True))
+        totals["digest"] %= 1 << 40
+        return counts, totals
+
+    def _padding(self, audio: AudioBatch, plan: MaskPlan) -> int:
+        """Tokens of a micro-batch beyond those its audio fills."""
+        if self.recipe.data.padding == "none":
+            return 0
+        config = self.recipe.frontend
+        filled = [
+            self.grid.tokens(config.frames_for(n, rate))
+            for n, rate in zip(audio.lengths, audio.sample_rates, strict=True)
+        ]
+        return sum(max(0, n - f) for n, f in zip(plan.layout.lengths, filled, strict=True))
+
+    def _digest(self, audio: list[AudioBatch]) -> int:
+        """A sum that changes with any clip id, crop or position in the batch, and adds up over ranks."""
+        ids = torch.cat([a.clip_ids for a in audio]).tolist()
+        starts = torch.cat([a.starts for a in audio]).tolist()
+        first = self.world.rank * len(ids)
+        mixed = (
+            ((first + i + 1) * 0x9E3779B1 ^ (clip + 1) * 0x85EBCA6B ^ (start + 1) * 0xC2B2AE35) % (1 << 40)
+            for i, (clip, start) in enumerate(zip(ids, starts, strict=True))
+        )
+        return sum(mixed) % (1 << 40)
+
+    def _update(self) -> Tensor:
+        if self.scaler:
+            self.scaler.unscale_(self.optimizer)
+        norm = clip_grad(self.model.parameters(), self.recipe.optim.clip_norm)
+        if self.scaler:
+            before = self.scaler.get_scale()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.skipped += self.scaler.get_scale() < before
+        else:
+            self.optimizer.step()
+        return norm
+
+
+def _add(parts: dict[str, Tensor], terms: dict[str, LossTerm], counts: dict[str, int]) -> None:
+    """Add the share that the terms of a micro-batch have in the parts of the whole batch."""
+    for name, term in terms.items():
+        parts[name] += term.sum.detach().double() / max(1, counts[name])
