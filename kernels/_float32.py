@@ -13,11 +13,11 @@ import torch
 def full_float32(device_type: str) -> Iterator[None]:
     """Switch autocast, TF32 and bf16 products off inside, and put everything back as it was.
 
-    Signals have a dynamic range that 10 bits of mantissa do not hold: TF32 moves a log-mel value by up to 1.8.
-    PyTorch keeps the setting twice (an older and a newer interface) and refuses products while the two disagree, so
-    the older one, which sets both, is used, and both are restored.
+    Signals have a dynamic range that 10 bits of mantissa do not hold: TF32 moves a log-mel value by up to
+    1.8. PyTorch keeps the setting twice (an older and a newer interface) and refuses products while the two
+    disagree, so the older one, which sets both, is used, and both are restored.
     """
-    matmuls = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    matmuls = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     precision = torch.get_float32_matmul_precision()
     saved = [m.fp32_precision for m in matmuls]
     with torch.autocast(device_type, enabled=False):

@@ -3,7 +3,7 @@
 
 A config is a keyword-only frozen dataclass whose fields are numbers, strings, booleans, None, tuples and configs.
 Where a field may hold one of several configs (a masking strategy, a model), the JSON carries the class name under
-"kind".
+"type".
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any, TypeVar, cast
 from masktrain.errors import ConfigError, nearest
 
 T = TypeVar("T")
-KIND = "kind"
+KIND = "type"
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Return the config as JSON-ready data, each nested config with its class name under "kind"."""
+    """Return the config as JSON-ready data, each nested config with its class name under "type"."""
     out: dict[str, Any] = {KIND: type(config).__name__}
     for field in dataclasses.fields(config):
         out[field.name] = _plain(getattr(config, field.name))
@@ -71,7 +71,7 @@ def _class_for(hint: Any, kind: str | None, path: str) -> Any:
         if cls.__name__ == kind:
             return cls
     allowed = [c.__name__ for c in classes]
-    raise ConfigError(f"{path or 'config'}: kind {kind!r} is not known; allowed: {', '.join(allowed)}.")
+    raise ConfigError(f"{path or 'config'}: type {kind!r} is not known; allowed: {', '.join(allowed)}.")
 
 
 def _build(hint: Any, value: Any, path: str) -> Any:
@@ -109,7 +109,7 @@ def _name(member: Any) -> str:
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Return {dotted field: value} of a config, with the kind of each nested config."""
+    """Return {dotted field: value} of a config, with the type of each nested config."""
     out: dict[str, Any] = {}
     for name, value in to_dict(config).items():
         _flatten_into(out, _join(prefix, name), value)

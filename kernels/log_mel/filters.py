@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Windows and mel filter banks, in float64.
 
-Scales and triangles: Kaldi's MelBanks (pytorch/audio:torchaudio/compliance/kaldi.py, get_mel_banks), the HTK book's
-mel = 2595 log10(1 + f / 700) = 1127 ln(1 + f / 700), and Slaney's Auditory Toolbox (1998) as librosa has it
-(librosa/librosa:librosa/core/convert.py, hz_to_mel; librosa/filters.py, mel).
+Scales and triangles: Kaldi's MelBanks (pytorch/audio:torchaudio/compliance/kaldi.py, get_mel_banks), the HTK
+book's mel = 2595 log10(1 + f / 700) = 1127 ln(1 + f / 700), and Slaney's Auditory Toolbox (1998) as librosa
+has it (librosa/librosa:librosa/core/convert.py, hz_to_mel; librosa/filters.py, mel).
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def mel_filters(spec: MelSpec) -> Tensor:
 
 
 def _triangles(points: Tensor, edges: Tensor) -> Tensor:
-    """Return (len(edges) - 2, len(points)): triangle i rises from edges[i] to 1 at edges[i + 1], falls to edges[i + 2]."""
+    """Return (len(edges) - 2, len(points)): triangle i rises from edges[i] to 1 at edges[i + 1], falls to
+    edges[i + 2]."""
     left, centre, right = edges[:-2, None], edges[1:-1, None], edges[2:, None]
     return torch.minimum((points - left) / (centre - left), (right - points) / (right - centre)).clamp_min(0)
 
@@ -91,6 +92,7 @@ def _slaney_hz(mel: Tensor) -> Tensor:
 
 @lru_cache(maxsize=32)
 def tables(spec: MelSpec, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the (win_length,) float64 window times wave_scale, and the (n_fft // 2 + 1, n_mels) filters in `dtype`."""
+    """Return the (win_length,) float64 window times wave_scale, and the (n_fft // 2 + 1, n_mels) filters in
+    `dtype`."""
     weights = mel_filters(spec).T.contiguous().to(dtype)
     return (window(spec) * spec.wave_scale).to(device), weights.to(device)

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from masktrain.kernels._checks import FULL_FLOATS, check_counts, check_no_gradient, check_tensor
+from masktrain.kernels._checks import FULL_FLOATS, check_counts, check_no_gradient, check_tensor, dtype_names
 from masktrain.kernels._dispatch import Implementation, choose
 from masktrain.kernels.log_mel import reference
 from masktrain.kernels.log_mel.spec import MelSpec, spec_problem
@@ -14,16 +15,23 @@ IMPLEMENTATIONS = (Implementation("reference", reference.log_mel, lambda *_: Non
 
 
 def log_mel(
-    samples: Tensor, lengths: tuple[int, ...], spec: MelSpec, *, implementation: str | None = None
+    samples: Tensor,
+    lengths: tuple[int, ...],
+    spec: MelSpec,
+    *,
+    dtype: torch.dtype | None = None,
+    implementation: str | None = None,
 ) -> tuple[Tensor, tuple[int, ...]]:
     """Return the log-mel frames of packed waveforms, packed, and the frames of each clip.
 
-    samples: (S,) float32 or float64 at spec.sample_rate, in [-1, 1], clips one after another. lengths: samples of
-    each clip. Returns (T, n_mels) in the same dtype, and the lengths spec.frames(n). A clip too short for one frame
-    gives none. Frames do not depend on the other clips of the batch: for float32 on the CPU bit for bit.
+    samples: (S,) float32 or float64 at spec.sample_rate, in [-1, 1], clips one after another. lengths:
+    samples of each clip. dtype: of the result, float32 or float64, by default that of samples. Returns (T,
+    n_mels) and the lengths spec.frames(n). A clip too short for one frame gives none. Frames do not depend on
+    the other clips of the batch: for float32 on the CPU bit for bit.
 
-    float32 results lie within 1e-4 of the float64 ones: everything up to the power spectrum is computed in float64,
-    since float32 FFTs miss quiet bins beside loud ones by more than 1e-3. Everything is treated as data: no gradient.
+    float32 results lie within 1e-4 of the float64 ones: everything up to the power spectrum is computed in
+    float64, since float32 FFTs miss quiet bins beside loud ones by more than 1e-3. Everything is treated as
+    data: no gradient.
 
     Raises TypeError or ValueError for a wrong dtype, shape, length or spec.
     """
@@ -39,5 +47,8 @@ def log_mel(
     problem = spec_problem(spec)
     if problem:
         raise ValueError(f"log_mel: spec.{problem}")
+    dtype = samples.dtype if dtype is None else dtype
+    if dtype not in FULL_FLOATS:
+        raise TypeError(f"log_mel: dtype must be {dtype_names(FULL_FLOATS)}, received {dtype!r}.")
     choice = choose("log_mel", IMPLEMENTATIONS, samples, request=implementation)
-    return choice.function(samples, lengths, spec)
+    return choice.function(samples, lengths, spec, dtype=dtype)

@@ -13,44 +13,21 @@ from masktrain.kernels.log_mel.filters import tables
 from masktrain.kernels.log_mel.spec import MelSpec
 
 ROWS = 16
-"""Frames of a chunk are a multiple of this: BLAS libraries sum few rows in another order, and a frame would then
-depend on its batch."""
+"""Frames of a chunk are a multiple of this: BLAS libraries sum few rows in another order, and a frame would
+then depend on its batch."""
 CHUNK_FRAMES = {"cpu": 256}
 CHUNK_FRAMES_ELSEWHERE = 1 << 14
 """Frames that are transformed at a time: on a CPU what its second-level cache holds."""
-CHUNK_SAMPLES = {"cpu": 1 << 18}
-CHUNK_SAMPLES_ELSEWHERE = 1 << 25
-"""Samples of the clips that are taken together (a longer clip goes alone)."""
 
 
-def log_mel(samples: Tensor, lengths: tuple[int, ...], spec: MelSpec) -> tuple[Tensor, tuple[int, ...]]:
+def log_mel(
+    samples: Tensor, lengths: tuple[int, ...], spec: MelSpec, *, dtype: torch.dtype
+) -> tuple[Tensor, tuple[int, ...]]:
     """See op.py."""
     counts = tuple(spec.frames(n) for n in lengths)
-    out = samples.new_empty(sum(counts), spec.n_mels)
-    limit = CHUNK_SAMPLES.get(samples.device.type, CHUNK_SAMPLES_ELSEWHERE)
-    first_clip = first_sample = first_frame = 0
-    size = 0
-    for clip, length in enumerate(lengths):
-        size += length
-        if clip + 1 == len(lengths) or size + lengths[clip + 1] > limit:
-            part = slice(first_clip, clip + 1)
-            frames = sum(counts[part])
-            if frames:
-                _fill(
-                    out[first_frame : first_frame + frames],
-                    samples[first_sample : first_sample + size],
-                    lengths[part],
-                    counts[part],
-                    spec,
-                )
-            first_clip, first_sample, first_frame, size = clip + 1, first_sample + size, first_frame + frames, 0
-    return out, counts
-
-
-def _fill(
-    out: Tensor, samples: Tensor, lengths: tuple[int, ...], counts: tuple[int, ...], spec: MelSpec
-) -> None:
-    """Write the frames of some clips to `out`: (sum of counts, n_mels), at least one frame."""
+    out = samples.new_empty(sum(counts), spec.n_mels, dtype=dtype)
+    if not len(out):
+        return out, counts
     if spec.remove_mean and not spec.remove_dc:
         samples = _without_means(samples, lengths)
     if spec.wave_preemphasis:
@@ -75,7 +52,8 @@ def _fill(
         for first in range(0, len(out), chunk):
             part = out[first : first + chunk]
             frames = windows.index_select(0, starts[first : first + chunk])
-            part.copy_(_frames(frames, spec, out.dtype)[: len(part)])
+            part.copy_(_frames(frames, spec, dtype)[: len(part)])
+    return out, counts
 
 
 def _frames(frames: Tensor, spec: MelSpec, dtype: torch.dtype) -> Tensor:
@@ -103,7 +81,8 @@ def _frames(frames: Tensor, spec: MelSpec, dtype: torch.dtype) -> Tensor:
 
 
 def _frame_starts(bases: list[int], counts: list[int], hop: int, device: torch.device) -> Tensor:
-    """Return the int64 positions of the first samples of all frames, with a few zeros appended up to whole ROWS.
+    """Return the int64 positions of the first samples of all frames, with a few zeros appended up to whole
+    ROWS.
 
     bases: position of the first frame of each clip; counts: its frames.
     """
@@ -118,10 +97,12 @@ def _frame_starts(bases: list[int], counts: list[int], hop: int, device: torch.d
 def _with_reflected_ends(
     samples: Tensor, clips: list[tuple[int, int, int]], spec: MelSpec
 ) -> tuple[Tensor, list[int]]:
-    """Return the clips with reflected samples before and after each, and the position of each one's first frame.
+    """Return the clips with reflected samples before and after each, and the position of each one's first
+    frame.
 
-    clips: (start, length, frames). A frame of n_fft samples centred on t * hop has its window in the middle, so only
-    that part is laid out. Where a clip is shorter than what is reflected, the reflection goes back and forth.
+    clips: (start, length, frames). A frame of n_fft samples centred on t * hop has its window in the middle,
+    so only that part is laid out. Where a clip is shorter than what is reflected, the reflection goes back
+    and forth.
     """
     left = spec.n_fft // 2 - (spec.n_fft - spec.win_length) // 2
     right = spec.win_length - left

@@ -16,8 +16,8 @@ LogForm = Literal["max", "add"]
 class MelSpec:
     """A log-mel front end, from mono samples in [-1, 1] to natural logarithms.
 
-    In this order: scale, mean removal, waveform pre-emphasis, framing, DC removal per frame, pre-emphasis per frame,
-    window, zero padding to n_fft, |FFT|^power, mel filters, logarithm, (x + offset) / divisor.
+    In this order: scale, mean removal, waveform pre-emphasis, framing, DC removal per frame, pre-emphasis per
+    frame, window, zero padding to n_fft, |FFT|^power, mel filters, logarithm, (x + offset) / divisor.
     """
 
     sample_rate: int
@@ -45,8 +45,8 @@ class MelSpec:
     power: float = 2.0
     """Exponent of the magnitude: 2 is the power spectrum."""
     mel: MelFamily
-    """kaldi: HTK scale, triangles in mel. htk: HTK scale, triangles in Hz. slaney: Slaney's scale, triangles in Hz
-    of area 1 (in Hz, times 2)."""
+    """kaldi: HTK scale, triangles in mel. htk: HTK scale, triangles in Hz. slaney: Slaney's scale, triangles
+    in Hz of area 1 (in Hz, times 2)."""
     n_mels: int
     """Mel bins."""
     fmin: float
@@ -63,7 +63,8 @@ class MelSpec:
     """Divides the sum of logarithm and offset."""
 
     def frames(self, samples: int) -> int:
-        """Return the frames of a clip of `samples` samples at sample_rate: 0 where it is too short for one."""
+        """Return the frames of a clip of `samples` samples at sample_rate: 0 where it is too short for
+        one."""
         if self.wave_preemphasis:
             samples -= 1
         if self.framing == "snip":
@@ -76,7 +77,9 @@ class MelSpec:
             return 0
         first = self.win_length if self.framing == "snip" else 1
         extra = 1 if self.wave_preemphasis else 0
-        return max(first, self.hop * (frames - 1) + (self.win_length if self.framing == "snip" else 0)) + extra
+        return (
+            max(first, self.hop * (frames - 1) + (self.win_length if self.framing == "snip" else 0)) + extra
+        )
 
 
 _CHOICES = {"window": Window, "framing": Framing, "mel": MelFamily, "log": LogForm}

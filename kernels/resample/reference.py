@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Band-limited resampling by a rational ratio, as products of overlapping input rows with small dense matrices.
+"""Band-limited resampling by a rational ratio, as products of overlapping input rows with small dense
+matrices.
 
-The method is textbook polyphase interpolation: output m lies at source position m * down / up, with up / down the
-ratio of the rates in lowest terms, and is the sum of the samples around it weighted by a low-pass impulse response
-(J. O. Smith, "Digital Audio Resampling", section "Theory of operation"). The positions repeat every `up` outputs, so
-the weights of a run of outputs form one matrix that serves all runs of all clips.
+The method is textbook polyphase interpolation: output m lies at source position m * down / up, with up / down
+the ratio of the rates in lowest terms, and is the sum of the samples around it weighted by a low-pass impulse
+response (J. O. Smith, "Digital Audio Resampling", section "Theory of operation"). The positions repeat every
+`up` outputs, so the weights of a run of outputs form one matrix that serves all runs of all clips.
 """
 
 from __future__ import annotations
@@ -19,32 +20,34 @@ from torch import Tensor
 
 from masktrain.kernels._float32 import full_float32
 
-# Half width of the impulse response in samples of the lower rate, its -6 dB point relative to that rate's Nyquist
-# frequency, and the shape of its Kaiser window. Kaiser's estimate of the length, (A - 7.95) / (14.36 df) taps with
-# A = 100 dB, gives a transition band of df = 0.05 of the rate, here 0.90 to 1.00 of Nyquist.
+# Half width of the impulse response in samples of the lower rate, its -6 dB point relative to that rate's
+# Nyquist frequency, and the shape of its Kaiser window. Kaiser's estimate of the length, (A - 7.95) / (14.36
+# df) taps with A = 100 dB, gives a transition band of df = 0.05 of the rate, here 0.90 to 1.00 of Nyquist.
 HALF_WIDTH = 64
 CUTOFF = 0.95
 KAISER_BETA = 0.1102 * (100.0 - 8.7)
 
-OUTPUTS = 128
-"""Outputs of one product, roughly: as many as the filter is wide, so that at most half of a matrix is zeros."""
-LARGEST_UP = 256
-"""A ratio with more phases than this is computed in several products."""
+OUTPUTS = 64
+"""Outputs of one product, roughly: half as many as the filter is wide, so that a third of a matrix is
+zeros."""
+LARGEST_UP = 96
+"""More outputs in a row than this are computed in several products."""
 ROWS = 16
-"""Rows of a product are a multiple of this: BLAS libraries sum few rows in another order, and a clip would then
-depend on its batch."""
+"""Rows of a product are a multiple of this: BLAS libraries sum few rows in another order, and a clip would
+then depend on its batch."""
 CHUNK_ELEMENTS = 1 << 22
 """Elements of the rows that are gathered at a time."""
 CACHE_BYTES = 1 << 27
 
 
 def resampled_length(length: int, rate: int, target_rate: int) -> int:
-    """Return the samples that `length` samples at `rate` become at `target_rate`: ceil(length * target / rate)."""
+    """Return the samples that `length` samples at `rate` become at `target_rate`: ceil(length * target /
+    rate)."""
     return -(-length * target_rate // rate)
 
 
 def resample(
-    samples: Tensor, lengths: tuple[int, ...], rates: tuple[int, ...], target_rate: int
+    samples: Tensor, lengths: tuple[int, ...], rates: tuple[int, ...], target_rate: int, *, dtype: torch.dtype
 ) -> tuple[Tensor, tuple[int, ...]]:
     """See op.py."""
     clips = samples.split(lengths) if lengths else ()
@@ -53,22 +56,23 @@ def resample(
         if length and rate != target_rate:
             groups.setdefault(rate, []).append(i)
     if not groups:
-        return samples, lengths
+        return samples.to(dtype), lengths
     pieces = list(clips)
     for rate, members in groups.items():
-        for i, piece in zip(members, _resample_group([clips[i] for i in members], rate, target_rate), strict=True):
+        resampled = _resample_group([clips[i] for i in members], rate, target_rate, dtype)
+        for i, piece in zip(members, resampled, strict=True):
             pieces[i] = piece
     out_lengths = tuple(resampled_length(n, r, target_rate) for n, r in zip(lengths, rates, strict=True))
-    return torch.cat(pieces), out_lengths
+    return torch.cat([piece.to(dtype) for piece in pieces]), out_lengths
 
 
 @dataclass(frozen=True)
 class _Plan:
     """How the outputs of one ratio are computed.
 
-    A row stands for `advance` source samples and gives `outputs` outputs (a whole number of periods), in `blocks`
-    products of `width` outputs each; what the last block gives beyond `outputs` is dropped. reach: samples that the
-    filter extends to either side. span: source samples that a block reads.
+    A row stands for `advance` source samples and gives `outputs` outputs (a whole number of periods), in
+    `blocks` products of `width` outputs each; what the last block gives beyond `outputs` is dropped. reach:
+    samples that the filter extends to either side. span: source samples that a block reads.
     """
 
     up: int
@@ -97,12 +101,12 @@ class _Plan:
         return block * self.width * self.down // self.up - self.reach
 
 
-def _resample_group(clips: list[Tensor], rate: int, target_rate: int) -> list[Tensor]:
-    """Resample clips (non-empty, 1-D) of one rate.
+def _resample_group(clips: list[Tensor], rate: int, target_rate: int, dtype: torch.dtype) -> list[Tensor]:
+    """Return clips (non-empty, 1-D) of one rate at the target rate, computed in `dtype`.
 
-    The clips are laid out with silence between them, each starting at a whole row, so that the rows of all of them
-    are one strided view. The silence is as long as a row reads: no result touches another clip, not even with
-    weight 0 (a NaN would pass).
+    The clips are laid out with silence between them, each starting at a whole row, so that the rows of all of
+    them are one strided view. The silence is as long as a row reads: no result touches another clip, not even
+    with weight 0 (a NaN would pass).
     """
     plan = _Plan.make(rate, target_rate)
     last = plan.first(plan.blocks - 1)
@@ -116,16 +120,17 @@ def _resample_group(clips: list[Tensor], rate: int, target_rate: int) -> list[Te
         laid_out += [clip, silence[: slot * plan.advance - clip.shape[0]]]
     source = torch.cat([*laid_out, silence[:tail]])
 
-    out = source.new_empty(rows, plan.outputs)
+    out = source.new_empty(rows, plan.outputs, dtype=dtype)
     step = max(1, CHUNK_ELEMENTS // (plan.span * ROWS)) * ROWS
     with full_float32(source.device.type):
         for block in range(plan.blocks):
-            weights = _CACHE.get(plan, block, source.dtype, source.device)
+            weights = _CACHE.get(plan, block, dtype, source.device)
             view = source.as_strided((rows, plan.span), (plan.advance, 1), plan.first(block) + plan.reach)
             column = block * plan.width
             keep = min(plan.width, plan.outputs - column)
             for row in range(0, rows, step):
-                out[row : row + step, column : column + keep] = (view[row : row + step] @ weights)[:, :keep]
+                product = view[row : row + step].to(dtype) @ weights
+                out[row : row + step, column : column + keep] = product[:, :keep]
     flat = out.view(-1)
     pieces = []
     first = 0
@@ -139,9 +144,9 @@ def _resample_group(clips: list[Tensor], rate: int, target_rate: int) -> list[Te
 def weight_matrix(plan: _Plan, block: int) -> Tensor:
     """Return the (span, width) float64 weights of the samples that `block` reads in each of its outputs.
 
-    Column g is the impulse response around output m = block * width + g, at the distances (p up - m down) / up of
-    the samples p; the numerator is an exact integer. Each column is scaled to sum 1, which moves the weights by less
-    than the stop band's 1e-5 and keeps a constant constant.
+    Column g is the impulse response around output m = block * width + g, at the distances (p up - m down) /
+    up of the samples p; the numerator is an exact integer. Each column is scaled to sum 1, which moves the
+    weights by less than the stop band's 1e-5 and keeps a constant constant.
     """
     outputs = block * plan.width + torch.arange(plan.width)
     positions = plan.first(block) + torch.arange(plan.span)

@@ -76,7 +76,7 @@ def _show(names: tuple[str, ...]) -> Any:
     recipe = _named(names[0])
     table = Table("field", "value", box=None)
     for field, value in flatten(recipe).items():
-        if field not in ("kind", "readings"):
+        if field not in ("type", "readings"):
             table.add_row(field, str(value))
     _print(table)
     print("Readings:")

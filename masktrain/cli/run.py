@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from masktrain.training.run_spec import RunSpec
 
 # Without data and without a GPU: about two minutes on two cores. With a GPU the demo corpus is soon learned as well.
-DEMO_STEPS = {"cpu": 150, "cuda": 1000}
+DEMO_STEPS = {"cpu": 240, "cuda": 1000}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ handed out, not those read ahead, so it is the same for any number of workers an
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import queue
@@ -35,9 +36,7 @@ MOST_WORKERS = 8
 
 
 class Engine(Protocol):
-    """Turns crops into samples. name: "dali" or "soundfile"."""
-
-    name: str
+    """Turns crops into samples."""
 
     def submit(self, crops: Sequence[Crop]) -> Callable[[], list[Result]]:
         """Begin to decode and return at once; what is returned waits for the results, one for each crop."""
@@ -225,6 +224,8 @@ class BatchLoader:
         self._waited = 0.0
         self._readers: list[_Reader] = []
         self._closed = False
+        # A thread that still runs when the interpreter goes down ends the process by C++'s terminate.
+        atexit.register(self.close)
 
     @property
     def wait_seconds(self) -> float:
@@ -251,6 +252,7 @@ class BatchLoader:
     def close(self) -> None:
         """Stop reading ahead and free all threads."""
         self._closed = True
+        atexit.unregister(self.close)
         for reader in self._readers:
             reader.stop()
         self._engine.close()

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine that decodes with libsndfile in threads of the training process.
 
-Threads, not processes: soundfile lets go of the interpreter while libsndfile decodes, so that compressed
-files, where the work is, decode on all cores (ESC-10 on two cores: 2.0 times one thread's rate), and nothing
-outlives the process however it ends.
+Threads, not processes: soundfile lets go of the interpreter while libsndfile decodes, so compressed files,
+where the work is, decode on all cores, and nothing outlives the process however it ends.
 """
 
 from __future__ import annotations
@@ -113,8 +112,6 @@ def _nothing() -> None:
 
 class SoundfileEngine:
     """See `loader.Engine`. workers: threads; 0 decodes in the thread that asks for the results."""
-
-    name = "soundfile"
 
     def __init__(self, workers: int) -> None:
         self._workers = Workers(workers, "decode")

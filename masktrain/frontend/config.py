@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The config of a front end, with the arithmetic of its lengths.
 
-It is stored with the weights: every number that changes a log-mel value is in it, so a preset that is changed later
-does not change what a trained model sees.
+It is stored with the weights: every number that changes a log-mel value is in it, so a preset that is changed
+later does not change what a trained model sees.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from masktrain.types import Spectrogram, StepKey, cumulative
 def crop_to(spectrogram: Spectrogram, frames: int, key: StepKey | None) -> Spectrogram:
     """Return clips of at most `frames` frames; shorter ones stay as they are.
 
-    With a key the crop starts at (word * (n - frames + 1)) >> 32, every position equally likely (as M2D and MAE-AST
-    crop); without one it is the first frames (as AST, SSAST and AudioMAE cut).
+    With a key the crop starts at (word * (n - frames + 1)) >> 32, every position equally likely (as M2D and
+    MAE-AST crop); without one it is the first frames (as AST, SSAST and AudioMAE cut).
     """
     lengths = tuple(min(n, frames) for n in spectrogram.lengths)
     if lengths == spectrogram.lengths:
@@ -39,15 +39,17 @@ def crop_to(spectrogram: Spectrogram, frames: int, key: StepKey | None) -> Spect
 
 
 def crop_to_shortest(spectrogram: Spectrogram, key: StepKey | None) -> Spectrogram:
-    """Return the clips cropped to the shortest of them (AlanBaade/MAE-AST-Public:mae_ast/data/mae_ast_dataset.py)."""
+    """Return the clips cropped to the shortest of them
+    (AlanBaade/MAE-AST-Public:mae_ast/data/mae_ast_dataset.py)."""
     return crop_to(spectrogram, min(spectrogram.lengths, default=0), key)
 
 
 def pad_to(spectrogram: Spectrogram, frames: int, key: StepKey | None = None) -> Spectrogram:
-    """Return clips of exactly `frames` frames: longer ones cropped as by `crop_to`, shorter ones filled with zeros.
+    """Return clips of exactly `frames` frames: longer ones cropped as by `crop_to`, shorter ones filled with
+    zeros.
 
-    The zeros are log-mel values, as YuanGongND/ast:src/dataloader.py and nttcslab/m2d:audio_dataset.py have them:
-    after normalisation they are neither 0 nor silence.
+    The zeros are log-mel values, as YuanGongND/ast:src/dataloader.py and nttcslab/m2d:audio_dataset.py have
+    them: after normalisation they are neither 0 nor silence.
     """
     cropped = crop_to(spectrogram, frames, key)
     clips = len(cropped.lengths)
@@ -60,7 +62,8 @@ def pad_to(spectrogram: Spectrogram, frames: int, key: StepKey | None = None) ->
 
 
 def _runs(starts: Tensor, cu: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """Return starts[b] ... starts[b] + lengths[b] - 1 for each clip, one after another: (sum of lengths,) int64.
+    """Return starts[b] ... starts[b] + lengths[b] - 1 for each clip, one after another: (sum of lengths,)
+    int64.
 
     starts: (B,) int64. cu: (B+1,) int64, the cumulative lengths on the same device.
     """

@@ -12,7 +12,8 @@ from masktrain.errors import DataError
 from masktrain.types import Spectrogram
 
 STD_FLOOR = 0.1
-"""A bin below this hardly varies (silence, or a low-passed corpus); dividing by it would blow up other audio."""
+"""A bin below this hardly varies (silence, or a low-passed corpus); dividing by it would blow up other
+audio."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,25 +35,26 @@ class Statistics:
         """Return what to know before normalising with these, or None."""
         if self.dataset_std < STD_FLOOR:
             return (
-                f"dataset_std is {self.dataset_std:.3g}, under {STD_FLOOR}: the audio is silent or constant. Check "
-                f"the files before training on them."
+                f"dataset_std is {self.dataset_std:.3g}, under {STD_FLOOR}: the audio is silent or constant. "
+                f"Check the files before training on them."
             )
         flat = self.flat_bins
         if not flat:
             return None
         shown = ", ".join(str(i) for i in flat[:8]) + (", ..." if len(flat) > 8 else "")
         return (
-            f"{len(flat)} of {len(self.bin_std)} mel bins have a standard deviation under {STD_FLOOR} (bins {shown}): "
-            f"silence, an empty filter or a low-passed corpus. Statistics per bin would amplify other audio there; "
-            f"use the global ones or floor them at {STD_FLOOR}."
+            f"{len(flat)} of {len(self.bin_std)} mel bins have a standard deviation under {STD_FLOOR} "
+            f"(bins {shown}): silence, an empty filter or a low-passed corpus. Statistics per bin would "
+            f"amplify other audio there; use the global ones or floor them at {STD_FLOOR}."
         )
 
 
 class RunningStats:
-    """Float64 sums over the frames of batches. They stay on the device until `result`; sums of several ranks add up.
+    """Float64 sums over the frames of batches. They stay on the device until `result`; sums of several ranks
+    add up.
 
-    Log-mel values lie within some tens and vary by more than 1e-3, so that float64 sums of squares keep at least
-    six digits of the variance over 1e9 frames.
+    Log-mel values lie within some tens and vary by more than 1e-3, so that float64 sums of squares keep at
+    least six digits of the variance over 1e9 frames.
     """
 
     def __init__(self, n_mels: int, device: torch.device | str = "cpu") -> None:
@@ -75,8 +77,8 @@ class RunningStats:
         """Return the statistics of all frames so far."""
         if not self.frames:
             raise DataError(
-                "statistics: no frames were seen; every clip is shorter than one frame or the manifest is empty. "
-                "Name audio of at least 0.1 s."
+                "statistics: no frames were seen; every clip is shorter than one frame or the manifest is "
+                "empty. Name audio of at least 0.1 s."
             )
         mean, square = self.sums.cpu() / self.frames
         std = (square - mean.square()).clamp_min(0).sqrt()

@@ -90,10 +90,11 @@ def config_from_state(state: Mapping[str, Tensor], *, heads: int) -> MaeAstConfi
             decoder_embed_dim=state["decoder_mask_emb"].shape[0],
             decoder_ffn_dim=state["decoder.layers.0.fc1.weight"].shape[0],
             decoder_heads=heads,
+            bridge="post_enc_proj.weight" in state,
         )
     except KeyError as missing:
         raise CheckpointError(
-            f"weights: no {missing} among {len(state)} names; expected a state dict of MAE-AST-Public's model."
+            f"weights: no {missing} among {len(state)} names; expected a state dict of MAE-AST-Public."
         ) from None
 
 
@@ -128,6 +129,6 @@ def import_state(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> d
     if problems:
         raise CheckpointError(
             f"weights: {len(problems)} of the names do not fit this model: {'; '.join(problems[:20])}"
-            f"{' ...' if len(problems) > 20 else ''}. Build the model with the checkpoint's own sizes and patch."
+            f"{' ...' if len(problems) > 20 else ''}. Take the model sizes and the patch of the checkpoint."
         )
     return out

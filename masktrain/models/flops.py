@@ -38,7 +38,7 @@ def forward_flops(
     total = 2 * visible * patch_values * width
     total += encoder_layers * block_flops(n_visible, width, config.ffn_dim)
     total += decoder_layers * block_flops(n_tokens, decoder_width, config.decoder_ffn_dim)
-    if width != decoder_width:
+    if config.has_bridge:
         total += 2 * visible * width * decoder_width
     return total + 2 * 2 * (tokens - visible) * decoder_width * patch_values
 

@@ -43,7 +43,7 @@ class InputNormConfig:
             )
         if self.kind == "batch" and any(given):
             raise ConfigError(
-                "input_norm: kind 'batch' measures the batch and takes no dataset_mean or dataset_std; received "
+                "input_norm: kind 'batch' measures the batch, without dataset_mean or dataset_std; received "
                 f"{self.dataset_mean!r} and {self.dataset_std!r}. Remove them, or take kind 'global'."
             )
         if self.dataset_std is not None and not self.dataset_std > 0:

@@ -48,6 +48,8 @@ class MaeAstConfig:
     """Hidden width of the feed-forward parts of the decoder."""
     decoder_heads: int = 12
     """Attention heads of the decoder."""
+    bridge: bool = False
+    """A linear layer between encoder and decoder also where their widths agree."""
     norm: Literal["post", "pre"] = "post"
     """LayerNorm after each half of a block, as published, or before it."""
     dropout: float = 0.1
@@ -97,6 +99,11 @@ class MaeAstConfig:
             # dropout is exact to 1/65536, and 1 would drop everything
             if not 0 <= getattr(self, name) < 0.9999:
                 raise ConfigError(f"model.{name}: must lie in [0, 0.9999); received {getattr(self, name)}.")
+
+    @property
+    def has_bridge(self) -> bool:
+        """Whether a linear layer stands between encoder and decoder."""
+        return self.bridge or self.decoder_embed_dim != self.embed_dim
 
     @property
     def may_drop_layers(self) -> bool:
@@ -163,8 +170,7 @@ class MaeAst(nn.Module):
                 **shared,
             )
         )
-        differs = config.decoder_embed_dim != config.embed_dim
-        self.bridge = nn.Linear(config.embed_dim, config.decoder_embed_dim) if differs else None
+        self.bridge = nn.Linear(config.embed_dim, config.decoder_embed_dim) if config.has_bridge else None
         self.mask_token = nn.Parameter(torch.rand(config.decoder_embed_dim))
         self.decoder = Stack(
             StackConfig(

@@ -41,7 +41,7 @@ class JointConfig:
                 raise ConfigError(f"objective.{name}: must be at least 0; received {getattr(self, name)}.")
         if not self.reconstruction_weight + self.info_nce_weight > 0:
             raise ConfigError(
-                "objective: reconstruction_weight and info_nce_weight are both 0; give one of them a weight above 0."
+                "objective: reconstruction_weight and info_nce_weight are both 0; one must be above 0."
             )
 
 

@@ -244,7 +244,7 @@ def bar_fields(row: Mapping[str, Any]) -> list[tuple[int, str]]:
     return _present(
         (0, "loss", row.get("loss"), number),
         (2, "clips/s", row.get("clips_per_s"), number),
-        (3, "data wait", row.get("data_wait_share"), percent),
+        (3, "wait", row.get("data_wait_share"), percent),
         (1, "ETA", row.get("eta_s"), duration),
     )
 

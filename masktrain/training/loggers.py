@@ -14,6 +14,7 @@ import socket
 import struct
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,7 +52,8 @@ class _AppendFile:
             while left:
                 left = left[self._file.write(left) :]
         except OSError as error:
-            self._file.truncate(end)
+            with suppress(OSError):  # a device that fails may refuse this too
+                self._file.truncate(end)
             raise write_failed(self.path.name, self.path.parent, error) from error
 
     def close(self) -> None:

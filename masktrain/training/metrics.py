@@ -227,8 +227,8 @@ def check_finite(row: Mapping[str, Any], first_loss: float | None = None, *, sca
     raise RunError(
         f"Training has broken down: {what} (parts of step {step}: {parts or 'none'}; gradient norm "
         f"{row['grad_norm']:.4g}, learning rate {row['lr']:.3g}). Start again with a lower learning rate, a "
-        "longer warm-up, gradient clipping or another --precision; --init-from takes the weights of an earlier "
-        "checkpoint."
+        "longer warm-up, gradient clipping or another --precision; --init-from takes the weights of an "
+        "earlier checkpoint."
     )
 
 

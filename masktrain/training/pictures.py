@@ -489,9 +489,7 @@ def _patch(colour: str, label: str) -> Any:
 def _colours(name: str, bad: str) -> Any:
     import matplotlib
 
-    colours = matplotlib.colormaps[name].copy()
-    colours.set_bad(bad)
-    return colours
+    return matplotlib.colormaps[name].with_extremes(bad=bad)
 
 
 def _shown(name: str, length: int = 60) -> str:

@@ -83,7 +83,7 @@ def read_spec(folder: Path) -> RunSpec:
             notes=(),
         )
     except (KeyError, TypeError, ConfigError) as error:
-        raise CheckpointError(f"{folder / CONFIG}: does not describe a run: {error}. Restore it, or start a new run.") from error
+        raise CheckpointError(f"{folder / CONFIG}: does not describe a run: {error} Restore it, or start a new run.") from error
 
 
 def stored_manifest_digest(folder: Path) -> str:

@@ -92,12 +92,12 @@ def test_show_and_diff_report_every_value(tmp_path: Path) -> None:
     shown = json.loads((tmp_path / "show.json").read_text())
     assert shown == json.loads(json.dumps(to_dict(find("mae_ast_patch", "tiny"))))
     for field in flatten(find("mae_ast_patch", "tiny")):
-        if field not in ("kind", "readings"):
+        if field not in ("type", "readings"):
             assert field in done.stdout
     done = runs.masktrain("recipes", "diff", "mae_ast_frame", "mae_ast_patch", "--json", tmp_path / "diff.json")
     assert done.returncode == 0, done.stderr
     fields = {row["field"] for row in json.loads((tmp_path / "diff.json").read_text())}
-    assert {"tokens.patch_time", "masking.kind"} <= fields
+    assert {"tokens.patch_time", "masking.type"} <= fields
 
 
 def test_published_values_of_mae_ast() -> None:

@@ -39,7 +39,7 @@ def test_order_differs_by_seed_and_epoch() -> None:
 
 
 def test_order_is_uniform() -> None:
-    """Each clip stands at each place equally often: chi-squared of 4 places x 4 clips, 9 degrees of freedom."""
+    """Each clip stands at each place equally often: chi-squared with 9 degrees of freedom."""
     runs = 2000
     counts = np.zeros((4, 4))
     for epoch in range(runs):

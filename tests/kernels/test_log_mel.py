@@ -12,9 +12,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+
 from masktrain.kernels.log_mel import MelSpec, log_mel, reference, spec_problem
 from masktrain.kernels.log_mel.filters import mel_filters, window
-from numpy.typing import NDArray
 
 KALDI = MelSpec(
     sample_rate=16_000,
@@ -69,7 +70,9 @@ SPECS = {
     "kaldi_scaled": replace(KALDI, wave_scale=2.0**15, window="hann", remove_mean=False),
     "centred": CENTRED,
     "emphasised": EMPHASISED,
-    "odd": replace(CENTRED, window="hamming", win_length=333, n_fft=500, hop=77, mel="htk", power=1.0, fmin=0.0),
+    "odd": replace(
+        CENTRED, window="hamming", win_length=333, n_fft=500, hop=77, mel="htk", power=1.0, fmin=0.0
+    ),
     "mean_only": replace(KALDI, remove_dc=False, frame_preemphasis=0.5, n_mels=23),
 }
 each_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
@@ -159,6 +162,9 @@ def test_agrees_with_the_definition(spec: MelSpec, n: int) -> None:
     out, lengths = log_mel(x, (n,), spec)
     assert lengths == (len(expected),) == (spec.frames(n),)
     torch.testing.assert_close(out, expected, atol=1e-8, rtol=0)
+    low, _ = log_mel(x, (n,), spec, dtype=torch.float32)
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low.double(), expected, atol=2e-5, rtol=0)
     x32 = x.float()
     expected = torch.from_numpy(truth(x32.double().numpy(), spec))
     out, _ = log_mel(x32, (n,), spec)
@@ -169,7 +175,21 @@ def test_agrees_with_the_definition(spec: MelSpec, n: int) -> None:
 @each_spec
 def test_awkward_lengths(spec: MelSpec) -> None:
     win, hop = spec.win_length, spec.hop
-    lengths = (0, 1, 2, 3, hop - 1, hop, hop + 1, win - 1, win, win + 1, win + hop - 1, win + hop, win + hop + 1)
+    lengths = (
+        0,
+        1,
+        2,
+        3,
+        hop - 1,
+        hop,
+        hop + 1,
+        win - 1,
+        win,
+        win + 1,
+        win + hop - 1,
+        win + hop,
+        win + hop + 1,
+    )
     x = wave(sum(lengths))
     out, counts = log_mel(x, lengths, spec)
     assert counts == tuple(spec.frames(n) for n in lengths)
@@ -213,11 +233,10 @@ def test_neighbours_do_not_leak(spec: MelSpec) -> None:
 
 @each_spec
 def test_chunks_do_not_matter(spec: MelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    lengths = (9000, 0, 300, 20_000, 5000)
+    lengths = (9000, 0, 300, 15_000)
     x = wave(sum(lengths)).float()
     whole, _ = log_mel(x, lengths, spec)
     monkeypatch.setattr(reference, "CHUNK_FRAMES", {"cpu": 16})
-    monkeypatch.setattr(reference, "CHUNK_SAMPLES", {"cpu": 6000})
     assert torch.equal(log_mel(x, lengths, spec)[0], whole)
 
 
@@ -284,11 +303,14 @@ def test_filters_follow_their_definition(spec: MelSpec) -> None:
 
 
 def test_kaldi_triangles_add_up_to_one() -> None:
-    """Between the first and the last centre each frequency belongs to two triangles with weights that sum to 1."""
+    """Between the first and the last centre each frequency belongs to two triangles with weights that sum to
+    1."""
     total = mel_filters(KALDI).sum(0)
     hz = torch.arange(257) * 16_000 / 512
     inside = (hz > 100) & (hz < 7800)
-    torch.testing.assert_close(total[inside], torch.ones(int(inside.sum()), dtype=torch.float64), atol=1e-9, rtol=0)
+    torch.testing.assert_close(
+        total[inside], torch.ones(int(inside.sum()), dtype=torch.float64), atol=1e-9, rtol=0
+    )
     # 128 filters over 256 bins: one holds no bin, a known property
     assert (mel_filters(KALDI).sum(1) == 0).sum() == 1
 
@@ -308,7 +330,10 @@ def test_windows_are_those_of_torch() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"window": "boxcar"}, "window: must be one of hann, hann_periodic, hamming, povey; received 'boxcar'"),
+        (
+            {"window": "boxcar"},
+            "window: must be one of hann, hann_periodic, hamming, povey; received 'boxcar'",
+        ),
         ({"framing": "same"}, "framing: must be one of snip, centre"),
         ({"mel": "bark"}, "mel: must be one of kaldi, htk, slaney"),
         ({"log": "db"}, "log: must be one of max, add"),
@@ -341,5 +366,7 @@ def test_mistakes_are_named() -> None:
         log_mel(x, (999,), KALDI)
     with pytest.raises(TypeError, match="spec must be a MelSpec, received str"):
         log_mel(x, (1000,), "kaldi")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"dtype must be float32 or float64, received torch\.bfloat16"):
+        log_mel(x, (1000,), KALDI, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="samples is data and must not require a gradient"):
         log_mel(x.requires_grad_(), (1000,), KALDI)

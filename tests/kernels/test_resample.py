@@ -11,9 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from masktrain.kernels.resample import reference, resample, resampled_length
 from scipy import signal
 from torch import Tensor
+
+from masktrain.kernels.resample import reference, resample, resampled_length
 
 PAIRS = [
     (44_100, 16_000),
@@ -40,7 +41,8 @@ def tones(rate: int, seconds: float, frequencies: Sequence[float], count: int | 
     """The sum of unit sinusoids of fixed phases, sampled at `rate` from time 0."""
     time = torch.arange(count or round(seconds * rate), dtype=torch.float64) / rate
     return sum(
-        (torch.sin(2 * math.pi * f * time + 0.7 * i) for i, f in enumerate(frequencies)), torch.zeros_like(time)
+        (torch.sin(2 * math.pi * f * time + 0.7 * i) for i, f in enumerate(frequencies)),
+        torch.zeros_like(time),
     )
 
 
@@ -66,6 +68,14 @@ def test_tones_in_the_pass_band_are_sampled_at_the_new_times(rate: int, target: 
     torch.testing.assert_close(one(x.float(), rate, target).double(), out, atol=1e-5, rtol=0)
 
 
+def test_float64_results_of_float32_samples() -> None:
+    x = torch.randn(3000)
+    clips = (1000, 1500, 500), (44_100, 16_000, 8_000)
+    out, _ = resample(x, *clips, 16_000, dtype=torch.float64)
+    assert torch.equal(out, resample(x.double(), *clips, 16_000)[0])
+    assert torch.equal(resample(x, (3000,), (8_000,), 8_000, dtype=torch.float64)[0], x.double())
+
+
 @pytest.mark.parametrize(("rate", "target"), PAIRS[:9])
 def test_noise_agrees_with_a_long_scipy_filter(rate: int, target: int) -> None:
     common = math.gcd(rate, target)
@@ -88,7 +98,9 @@ def test_noise_agrees_with_a_long_scipy_filter(rate: int, target: int) -> None:
     assert ((out - truth)[middle].square().mean().sqrt() / scale) < 2e-4
 
 
-@pytest.mark.parametrize(("rate", "target"), [(44_100, 16_000), (48_000, 16_000), (192_000, 16_000), (44_101, 16_000)])
+@pytest.mark.parametrize(
+    ("rate", "target"), [(44_100, 16_000), (48_000, 16_000), (192_000, 16_000), (44_101, 16_000)]
+)
 def test_what_lies_above_the_new_nyquist_frequency_vanishes(rate: int, target: int) -> None:
     for frequency in np.linspace(target / 2, rate / 2, 23)[:-1]:
         out = one(tones(rate, 0.1, [frequency]), rate, target)
@@ -100,7 +112,9 @@ def test_what_lies_above_the_new_nyquist_frequency_vanishes(rate: int, target: i
 def test_no_images_above_the_old_nyquist_frequency(rate: int, target: int) -> None:
     x = tones(rate, 1.0, [0.613 * rate / 2])
     out = one(x, rate, target)
-    middle = out[len(out) // 4 : len(out) // 4 + target // 2] * torch.from_numpy(signal.windows.blackmanharris(target // 2))
+    middle = out[len(out) // 4 : len(out) // 4 + target // 2] * torch.from_numpy(
+        signal.windows.blackmanharris(target // 2)
+    )
     spectrum = torch.fft.rfft(middle).abs()
     hz = torch.arange(len(spectrum)) * 2
     assert 20 * torch.log10(spectrum[hz > rate / 2].max() / spectrum.max()) < -90
@@ -117,7 +131,8 @@ def test_a_constant_stays_constant(rate: int, target: int) -> None:
 
 @pytest.mark.parametrize("ratio", [3, 12])
 def test_linear_phase(ratio: int) -> None:
-    """The sampling times of ratio * k + 1 samples are symmetric, so a reversed clip gives the reversed result."""
+    """The sampling times of ratio * k + 1 samples are symmetric, so a reversed clip gives the reversed
+    result."""
     x = torch.randn(ratio * 200 + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     out = one(x, 16_000 * ratio, 16_000)
     torch.testing.assert_close(one(x.flip(0), 16_000 * ratio, 16_000), out.flip(0), atol=1e-14, rtol=0)
@@ -133,11 +148,12 @@ def test_an_impulse_stays_where_it_is() -> None:
 
 @pytest.mark.parametrize(("rate", "target"), PAIRS)
 def test_one_sample(rate: int, target: int) -> None:
-    """One sample becomes the impulse response: the low-pass sinc of its cut-off frequency, near its centre."""
+    """One sample becomes the impulse response: the low-pass sinc of its cut-off frequency, near its
+    centre."""
     out = one(torch.full((1,), 0.5, dtype=torch.float64), rate, target)
     assert len(out) == resampled_length(1, rate, target) == math.ceil(target / rate)
     low = reference.CUTOFF * min(1.0, target / rate)
-    sinc = 0.5 * low * torch.sinc(low * torch.arange(len(out)) * rate / target)
+    sinc = 0.5 * low * torch.sinc(low * torch.arange(len(out), dtype=torch.float64) * rate / target)
     torch.testing.assert_close(out, sinc, atol=2e-3 * 0.5 * low, rtol=0)
 
 
@@ -159,7 +175,9 @@ def test_nothing() -> None:
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.integers(0, 3000), st.sampled_from([1_000, 8_000, 16_000, 22_050, 44_100, 48_000, 192_000])),
+        st.tuples(
+            st.integers(0, 3000), st.sampled_from([1_000, 8_000, 16_000, 22_050, 44_100, 48_000, 192_000])
+        ),
         min_size=1,
         max_size=8,
     ),
@@ -233,5 +251,7 @@ def test_mistakes_are_named() -> None:
         resample(x, (10,), (0,), 16_000)
     with pytest.raises(TypeError, match="target_rate must be an int"):
         resample(x, (10,), (8_000,), 16_000.0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"dtype must be float32 or float64, received torch\.float16"):
+        resample(x, (10,), (8_000,), 16_000, dtype=torch.float16)
     with pytest.raises(ValueError, match="samples is data and must not require a gradient"):
         resample(x.requires_grad_(), (10,), (8_000,), 16_000)

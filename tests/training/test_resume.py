@@ -28,19 +28,22 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Path:
     return out
 
 
+def newest(out: Path) -> str:
+    """Return the name of the newest checkpoint, finished or under way."""
+    return max((p.name.lstrip(".") for p in (out / "checkpoints").glob("*step_*")), default="")
+
+
 def kill_until_done(clips: Path, out: Path, kills: int, seed: int) -> int:
     """Start the run, kill it `kills` times at random moments, resume it each time; return the kills that hit."""
     rng = random.Random(seed)
     hits = 0
     arguments = ["run", *ARGUMENTS, "--data", clips, "--out", out]
     for _ in range(kills):
+        # wait for the next checkpoint to be under way: kills shall land in steps and in saves, not in start-up
+        before = newest(out)
         process = runs.start(*arguments)
-        # wait for a checkpoint to be under way, so that kills land in steps and in saves, not in start-up
-        before = len(list((out / "checkpoints").glob("*"))) if out.exists() else 0
         deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and process.poll() is None:
-            if out.exists() and len(list((out / "checkpoints").glob("step_*"))) > min(before, 2):
-                break
+        while time.monotonic() < deadline and process.poll() is None and newest(out) == before:
             time.sleep(0.01)
         time.sleep(rng.uniform(0.0, 0.35))
         process.send_signal(signal.SIGKILL)
