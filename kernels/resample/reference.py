@@ -35,8 +35,9 @@ LARGEST_UP = 96
 ROWS = 16
 """Rows of a product are a multiple of this: BLAS libraries sum few rows in another order, and a clip would
 then depend on its batch."""
-CHUNK_ELEMENTS = 1 << 22
-"""Elements of the rows that are gathered at a time."""
+CHUNK_ELEMENTS = {"cpu": 1 << 17}
+CHUNK_ELEMENTS_ELSEWHERE = 1 << 24
+"""Elements of the rows that are gathered at a time: on a CPU what its second-level cache holds."""
 CACHE_BYTES = 1 << 27
 
 
@@ -121,7 +122,8 @@ def _resample_group(clips: list[Tensor], rate: int, target_rate: int, dtype: tor
     source = torch.cat([*laid_out, silence[:tail]])
 
     out = source.new_empty(rows, plan.outputs, dtype=dtype)
-    step = max(1, CHUNK_ELEMENTS // (plan.span * ROWS)) * ROWS
+    chunk = CHUNK_ELEMENTS.get(source.device.type, CHUNK_ELEMENTS_ELSEWHERE)
+    step = max(1, chunk // (plan.span * ROWS)) * ROWS
     with full_float32(source.device.type):
         for block in range(plan.blocks):
             weights = _CACHE.get(plan, block, dtype, source.device)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from masktrain.kernels import _dispatch
@@ -36,15 +38,15 @@ def _call_each(device: torch.device) -> None:
     frames = torch.zeros(8, 16, device=device)
     cu_frames = torch.tensor([0, 8], device=device)
     cu = cumulative(0, 4)
-    affine = {"mean": torch.zeros(1, device=device), "scale": torch.ones(1, device=device)}
-    patches = {"freq": 1, "patch_freq": 16, "patch_time": 2, "order": "time"}
+    patches: dict[str, Any] = {"freq": 1, "patch_freq": 16, "patch_time": 2, "order": "time"}
+    patches |= {"mean": torch.zeros(1, device=device), "scale": torch.ones(1, device=device)}
     philox_words(counter, ids, 1, purpose=Purpose.MASK)
     visible, masked = select_tokens(cu, (4,), (2,), counter, ids)
-    tokens = mask_gather(frames, cu_frames, cu, visible, **affine, **patches)
+    tokens = mask_gather(frames, cu_frames, cu, visible, **patches)
     rows = torch.zeros(2, dtype=torch.int64, device=device)
     dropout(tokens, 0.5, counter, rows, rows, site=0)
     mask_scatter(tokens, tokens[0], visible, masked)
-    masked_patch_loss(tokens, frames, cu_frames, cu, masked, **affine, **patches)
+    masked_patch_loss(tokens, frames, cu_frames, cu, masked, **patches)
     patch_info_nce(tokens, tokens, cumulative(0, 2), (2,), axis="targets")
     heads = tokens.view(2, 2, 16)
     varlen_attention(heads, heads, heads, cumulative(0, 2), (2,))

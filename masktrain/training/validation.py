@@ -8,6 +8,7 @@ held-out clips themselves, so that the start, the middle and the end of a run ca
 from __future__ import annotations
 
 import os
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -27,16 +28,16 @@ class Validator:
     """Evaluates the model of a step on held-out audio."""
 
     def __init__(self, step: Step, audio: list[AudioBatch], names: list[str], pictures: int) -> None:
-        """names: a path for each clip of `audio`. pictures: how many of the first clips are drawn."""
+        """names: the path of each clip id. pictures: how many clips are drawn, from short to long ones."""
         self.step = step
         self.names = [os.path.basename(name) for name in names]
-        self.pictures = pictures
         key = StepKey.make(step.recipe.seed, KEY_STEP, step.world.device)
         self.spectrograms = step.fit_lengths([step.spectrogram(a) for a in audio], key)
         self.plans = [step.recipe.masking.plan(step.grid.layout(s), key) for s in self.spectrograms]
         norm = step.model.input_norm
         sums = torch.stack([norm.statistics(s.frames) for s in self.spectrograms]).sum(0)
         self.mean, self.scale = norm.affine(sums if norm.uses_batch else None)
+        self.drawn = spread([n for s in self.spectrograms for n in s.lengths], pictures)
         each = [joint.counts(plan, step.grid) for plan in self.plans]
         self.counts = {name: sum(counts[name] for counts in each) for name in each[0]}
 
@@ -47,6 +48,7 @@ class Validator:
         sums = dict.fromkeys(self.counts, 0.0)
         trivial = dict.fromkeys(self.counts, 0.0)
         drawn: list[Reconstruction] = []
+        first = 0
         was_training = model.training
         model.eval()
         for spectrogram, plan in zip(self.spectrograms, self.plans, strict=True):
@@ -57,8 +59,11 @@ class Validator:
             for name in self.counts:
                 sums[name] += float(terms[name].sum)
                 trivial[name] += float(baseline[name].sum)
-            if len(drawn) < self.pictures:
-                drawn += self._reconstructions(spectrogram, plan, output.pred_recon, self.pictures - len(drawn))
+            clips = range(first, first + len(spectrogram.lengths))
+            first = clips.stop
+            drawn += self._reconstructions(
+                spectrogram, plan, output.pred_recon, [i - clips.start for i in self.drawn if i in clips]
+            )
         model.train(was_training)
         weights = joint.weights(objective)
         parts = {name: value / max(1, self.counts[name]) for name, value in sums.items()}
@@ -73,18 +78,21 @@ class Validator:
         return validation, drawn
 
     def _reconstructions(
-        self, spectrogram: Spectrogram, plan: MaskPlan, predicted: Tensor, wanted: int
+        self, spectrogram: Spectrogram, plan: MaskPlan, predicted: Tensor, wanted: list[int]
     ) -> list[Reconstruction]:
-        """Undo patches and normalisation for the first clips of a batch."""
+        """Undo patches and normalisation for the clips `wanted` of a batch."""
+        if not wanted:
+            return []
         grid = plan.layout.grid
         mean, scale = float(self.mean.mean()), float(self.scale.mean())
         values = predicted.float().cpu().numpy()
-        out, start = [], 0
-        for index, tokens in enumerate(mask_grids(plan)[:wanted]):
-            count = plan.n_masked[index]
+        starts = [0, *accumulate(plan.n_masked)]
+        grids = mask_grids(plan)
+        out = []
+        for index in wanted:
             truth = spectrogram.clip(index).float().cpu().numpy()
-            canvas, masked = assemble(tokens, values[start : start + count], grid.patch_freq, grid.patch_time, grid.order)
-            start += count
+            patches = values[starts[index] : starts[index + 1]]
+            canvas, masked = assemble(grids[index], patches, grid.patch_freq, grid.patch_time, grid.order)
             # a last column may reach past the clip, and a dropped one leaves frames that no token covers
             frames = min(len(truth), len(canvas))
             truth, canvas, masked = truth[:frames], canvas[:frames], masked[:frames]
@@ -100,6 +108,13 @@ class Validator:
                 )
             )
         return out
+
+
+def spread(lengths: list[int], wanted: int) -> list[int]:
+    """Return up to `wanted` indices, ascending, whose lengths are spread evenly over the ranking of all lengths."""
+    ranked = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    wanted = min(wanted, len(ranked))
+    return sorted(ranked[(2 * k + 1) * len(ranked) // (2 * wanted)] for k in range(wanted))
 
 
 def assemble(

@@ -279,6 +279,7 @@ def test_saved_bytes_grow_linearly() -> None:
                 dropout_p=p,
                 counter=torch.tensor([0, 0]),
                 clip_ids=torch.arange(3),
+                implementation="native",
             )
         return sum(held.values())
 

@@ -180,6 +180,18 @@ def test_starts_at_once_end_in_one_run(tmp_path: Path, _: int) -> None:
     assert sorted(answers) == ["ran", "refused", "refused", "refused"]
 
 
+def test_a_run_that_began_and_ended_before_the_lock_was_taken_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other_run_first(*_: object) -> None:
+        (tmp_path / "config.json").write_text("{}")
+
+    monkeypatch.setattr(fcntl, "lockf", other_run_first)
+    with pytest.raises(ConfigError, match="holds another run"):
+        RunDir.create(tmp_path)
+    assert not run_dir._held
+
+
 def test_a_file_system_without_locks_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
