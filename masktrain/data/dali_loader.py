@@ -56,8 +56,8 @@ def unavailable() -> str | None:
     try:
         if importlib.util.find_spec("nvidia.dali") is None:
             return "it is not installed"
-    except ModuleNotFoundError:
-        return "it is not installed"
+    except Exception as error:  # the parent package is absent, or fails to import
+        return f"it is not installed ({type(error).__name__}: {error})"
     try:
         pipeline = _Pipeline(1)
     except Exception as error:
