@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
@@ -20,7 +19,11 @@ if TYPE_CHECKING:
     from masktrain.training.run_spec import RunSpec
 
 # Without data and without a GPU: about two minutes on two cores. With a GPU the demo corpus is soon learned as well.
-DEMO_STEPS = {"cpu": 240, "cuda": 1000}
+DEMO_STEPS = {"cpu": 160, "cuda": 1000}
+# far above any use, and far below what would fill the memory before the first step
+MOST = {"steps": 10**9, "batch_size": 10**6, "checkpoint_every": 10**9}
+# options that are short for a field of the recipe
+SHORT_FOR = {"loader": "data", "precision": "train", "checkpoint_every": "train"}
 
 
 @dataclass(frozen=True)
@@ -72,10 +75,11 @@ def main(arguments: list[str]) -> None:
         raise ConfigError("--steps and --minutes: give one of them, not both.")
     if options.minutes is not None and not 0 < options.minutes < 1e6:
         raise ConfigError(f"--minutes: must be above 0; received {options.minutes}.")
-    for name in ("steps", "batch_size", "checkpoint_every"):
+    for name, most in MOST.items():
         value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')}: must be at least 1; received {value}.")
+        if value is not None and not 1 <= value <= most:
+            bound = "at least 1" if value < 1 else f"at most {most}"
+            raise ConfigError(f"--{name.replace('_', '-')}: must be {bound}; received {value}.")
 
     from masktrain.training.trainer import train
 
@@ -86,6 +90,7 @@ def main(arguments: list[str]) -> None:
 def _fresh(options: Options, rest: list[str]) -> RunSpec:
     from masktrain.recipes import find
     from masktrain.training.distributed import pick_device
+    from masktrain.training.run_dir import default_out
     from masktrain.training.run_spec import RunSpec
 
     if options.recipe is None:
@@ -109,7 +114,7 @@ def _fresh(options: Options, rest: list[str]) -> RunSpec:
     return RunSpec(
         recipe=recipe,
         data=manifests,
-        out=(options.out or _default_out(recipe)).absolute(),
+        out=(options.out or default_out(recipe.name, datetime.now())).absolute(),
         device=options.device or "auto",
         minutes=options.minutes,
         init_from=options.init_from.absolute() if options.init_from else None,
@@ -118,20 +123,18 @@ def _fresh(options: Options, rest: list[str]) -> RunSpec:
     )
 
 
-def _default_out(recipe: Recipe) -> Path:
-    stamp = os.environ.get("TORCHELASTIC_RUN_ID")  # the ranks of one run must agree on the folder
-    name = f"{recipe.name}_{datetime.now():%Y-%m-%d_%H-%M-%S}" if stamp is None else f"{recipe.name}_{stamp}"
-    return Path("runs") / name
-
-
 def _adjusted(recipe: Recipe, options: Options, rest: list[str]) -> Recipe:
-    """Apply the dotted overrides, then the named options."""
+    """Apply the masking strategy, whose fields may be overridden, the dotted overrides, then the named options."""
     from masktrain.masking.registry import strategy
 
-    recipe = override(recipe, "run", rest)
     if options.masking is not None and options.masking != type(recipe.masking).name:
         cls = strategy(options.masking)
         recipe = replace(recipe, masking=cls(mask_ratio=recipe.masking.mask_ratio))
+    for name, group in SHORT_FOR.items():
+        short, long = (f"--{part}{name.replace('_', '-')}" for part in ("", f"{group}."))
+        if getattr(options, name) is not None and any(a.replace("_", "-").startswith(long) for a in rest):
+            raise ConfigError(f"{short} and {long}: the same under two names; give one of them.")
+    recipe = override(recipe, "run", rest, Options)
     if options.batch_size is not None:
         recipe = replace(recipe, batch_size=options.batch_size)
     if options.seed is not None:
@@ -155,7 +158,10 @@ def _resumed(options: Options, rest: list[str]) -> RunSpec:
     assert options.resume is not None
     stored = read_spec(options.resume.absolute())
     clashes: list[tuple[str, Any, Any]] = []
-    given = {f.name for f in fields(options) if getattr(options, f.name) not in (None, ())} - {"resume", "json"}
+    given = {f.name for f in fields(options) if getattr(options, f.name) not in (None, ())} - {
+        "resume",
+        "json",
+    }
     asked = {
         "recipe": (stored.recipe.name, options.recipe),
         "size": (stored.recipe.size, options.size),

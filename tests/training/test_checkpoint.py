@@ -13,7 +13,6 @@ import threading
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -58,6 +57,13 @@ def bits(tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
     return tensor.dtype, tuple(tensor.shape), flat.numpy().tobytes()
 
 
+def newest(root: Path) -> Path:
+    """Return the folder of the checkpoint that serves, and check that nothing newer is damaged."""
+    found = latest(root)
+    assert found.checkpoint is not None and found.damaged == ()
+    return found.checkpoint.path
+
+
 def hidden(root: Path) -> list[str]:
     return [name for name in os.listdir(root) if name.startswith(".")]
 
@@ -78,7 +84,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
     found = load(path)
     assert (found.step, found.data) == (1000, data)
     assert_same(found.tensors, tensors)
-    assert latest(path.parent) == checkpoint.Latest(path, ())
+    assert newest(path.parent) == path
     manifest = json.loads((path / "manifest.json").read_text())
     assert (manifest["version"], manifest["layout"], manifest["step"]) == (1, "full", 1000)
 
@@ -89,17 +95,17 @@ shapes = st.lists(st.integers(0, 4), max_size=3)
 @settings(max_examples=60, deadline=None)
 @given(
     spec=st.dictionaries(
-        st.text(min_size=1, max_size=12).filter(lambda s: s != "__metadata__"),
+        st.text(min_size=1, max_size=12),
         st.tuples(shapes, st.sampled_from(DTYPES)),
         max_size=6,
     ),
     seed=st.integers(0, 2**31),
 )
-def test_tensor_files_are_safetensors(
+def test_any_tensors_come_back_bit_for_bit(
     spec: dict[str, tuple[list[int], torch.dtype]], seed: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Any bits (NaN payloads included), names and shapes; the safetensors library agrees both ways."""
-    folder = tmp_path_factory.mktemp("files")
+    """Any bits (NaN payloads included), names and shapes."""
+    path = tmp_path_factory.mktemp("files") / "x"
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, (shape, dtype) in spec.items():
@@ -107,33 +113,24 @@ def test_tensor_files_are_safetensors(
         high = 2 if dtype is torch.bool else 256
         raw = torch.randint(0, high, (count,), dtype=torch.uint8, generator=generator)
         tensors[name] = raw.view(dtype).reshape(shape)
-    record = storage.write_tensors(folder / "ours", tensors)
-    assert record.size == (folder / "ours").stat().st_size
-    with storage.opened(folder / "ours") as (file, size):
-        storage.check_hash(folder / "ours", file, record)
-        assert_same({"": storage.read_tensors(folder / "ours", file, size)}, {"": tensors})
-    named = {name: tensor for name, tensor in tensors.items() if name.isprintable()}
-    theirs = safetensors.torch.load_file(folder / "ours")
-    assert_same({"": {name: theirs[name] for name in named}}, {"": named})
-    safetensors.torch.save_file(named, folder / "theirs")
-    with storage.opened(folder / "theirs") as (file, size):
-        assert_same({"": storage.read_tensors(folder / "theirs", file, size)}, {"": named})
+    storage.write_tensors(path, tensors)
+    assert_same({"": storage.read_tensors(path)}, {"": tensors})
 
 
 def test_non_contiguous_and_shared_tensors(tmp_path: Path) -> None:
     base = torch.arange(24.0).reshape(4, 6)
     tensors = {"model": {"t": base.t(), "slice": base[:, ::2], "same": base, "zero": base[0, 0]}}
-    found = load(save(tmp_path, 1, tensors, {}, keep_last=1)).tensors
+    with AsyncSaver(tmp_path, keep_last=1) as saver:
+        saver.save(1, tensors, {})
+    found = load(newest(tmp_path)).tensors
     assert all(torch.equal(found["model"][name], tensor) for name, tensor in tensors["model"].items())
     found["model"]["same"].zero_()
     assert found["model"]["zero"].shape == () and found["model"]["t"].sum() == base.sum()
 
 
-def test_no_nan_in_json_and_no_unknown_dtype(tmp_path: Path) -> None:
+def test_no_nan_in_json(tmp_path: Path) -> None:
     with pytest.raises(ValueError):
         save(tmp_path, 1, {}, {"loss": float("nan")}, keep_last=1)
-    with pytest.raises(TypeError, match="complex64"):
-        save(tmp_path, 1, {"model": {"c": torch.zeros(2, dtype=torch.complex64)}}, {}, keep_last=1)
     assert os.listdir(tmp_path) == []
 
 
@@ -179,7 +176,8 @@ def test_latest_passes_damaged_ones_over_by_name(tmp_path: Path) -> None:
         file.seek(-1, os.SEEK_END)
         file.write(bytes([last ^ 1]))
     found = latest(tmp_path)
-    assert found.path == tmp_path / "step_00000002"
+    assert found.checkpoint is not None and found.checkpoint.path == tmp_path / "step_00000002"
+    assert_same(found.checkpoint.tensors, state_of(2)[0])
     assert len(found.damaged) == 2
     assert "step_00000004" in found.damaged[0] and "state.json is missing" in found.damaged[0]
     assert "step_00000003" in found.damaged[1] and "SHA-256" in found.damaged[1]
@@ -191,14 +189,14 @@ def test_latest_without_any(tmp_path: Path) -> None:
     (tmp_path / "step_1").mkdir()
     (tmp_path / "notes.txt").write_text("")
     found = latest(tmp_path)
-    assert found.path is None and len(found.damaged) == 1
+    assert found.checkpoint is None and len(found.damaged) == 1
 
 
 def test_latest_refuses_a_renamed_checkpoint(tmp_path: Path) -> None:
     save(tmp_path, 5, *state_of(5), keep_last=1)
     shutil.copytree(tmp_path / "step_00000005", tmp_path / "step_00000009")
     found = latest(tmp_path)
-    assert found.path == tmp_path / "step_00000005"
+    assert found.checkpoint is not None and found.checkpoint.path == tmp_path / "step_00000005"
     assert "another step" in found.damaged[0]
 
 
@@ -257,20 +255,19 @@ def test_a_failure_at_any_point_leaves_the_checkpoint_before(
         finally:
             monkeypatch.setattr(os, "fsync", real)
     # model, optimizer, state, manifest, their folder, the folder above
-    assert failures == 6 and latest(tmp_path).path == tmp_path / "step_00000002"
+    assert failures == 6 and newest(tmp_path) == tmp_path / "step_00000002"
 
 
 def test_what_reads_back_differently_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1, *state_of(1), keep_last=1)
-    real = storage.write_json
+    real = storage.write
 
-    def faulty(path: Path, data: object) -> storage.FileRecord:
-        record = real(path, data)
-        if path.name == "state.json":
-            path.write_bytes(b"x" * record.size)
-        return record
+    def faulty(path: Path, content: bytes) -> None:
+        real(path, content)
+        if path.name == "manifest.json":  # all that was written before is recorded by now
+            path.with_name("state.json").write_bytes(b"{ }")
 
-    monkeypatch.setattr(storage, "write_json", faulty)
+    monkeypatch.setattr(storage, "write", faulty)
     with pytest.raises(RunError, match="reads back differently"):
         save(tmp_path, 2, *state_of(2), keep_last=1)
     assert os.listdir(tmp_path) == ["step_00000001"]
@@ -301,7 +298,7 @@ try:
 except RunError as error:
     print(error)
 found = checkpoint.latest(root)
-print(found.path.name, len(found.damaged), len(list(root.iterdir())))
+print(found.checkpoint.path.name, len(found.damaged), len(list(root.iterdir())))
 """
 
 
@@ -386,10 +383,10 @@ for kill in range(kills):
     promised = int.from_bytes(told[-8:], "little") if told else step
     found = checkpoint.latest(root)
     assert not found.damaged, found.damaged
-    if found.path is None:
+    loaded = found.checkpoint
+    if loaded is None:
         assert promised == 0, promised
     else:
-        loaded = checkpoint.load(found.path)
         assert loaded.step >= promised, (loaded.step, promised)
         tensors, data = state(loaded.step)
         assert loaded.data == data
@@ -397,15 +394,16 @@ for kill in range(kills):
         assert int(loaded.tensors["extra"]["n"]) == loaded.step
         step = loaded.step
     leftovers += len(checkpoint.clean(root))
-    assert checkpoint.latest(root).path == found.path
+    again = checkpoint.latest(root).checkpoint
+    assert (again and again.path) == (loaded and loaded.path)
 print(step, leftovers)
 """
 
 
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     """After each SIGKILL the newest checkpoint is whole and not older than what was promised."""
-    step, leftovers = run_script(KILLED, str(tmp_path), "20", "7").split()
-    assert int(step) >= 15 and int(leftovers) >= 5
+    step, leftovers = run_script(KILLED, str(tmp_path), "10", "7").split()
+    assert int(step) >= 7 and int(leftovers) >= 2
 
 
 @pytest.mark.slow(covers=["masktrain/training/checkpoint.py", "masktrain/training/storage.py"])
@@ -431,9 +429,7 @@ def test_a_reader_beside_the_writer(tmp_path: Path) -> None:
     writer.start()
     seen = []
     while not done.is_set():
-        found = latest(tmp_path)
-        assert found.path is not None and found.damaged == ()
-        seen.append(found.path.name)
+        seen.append(newest(tmp_path).name)
     writer.join()
     assert seen == sorted(seen) and len(set(seen)) > 3
 
@@ -666,59 +662,3 @@ def test_a_learning_rate_that_is_no_number_is_refused() -> None:
     groups[1]["lr"] = "0.1"
     with pytest.raises(CheckpointError, match="vectors: lr is no number"):
         checkpoint.load_optimizer(optimizer, tensors, groups)
-
-
-# --- metrics ---
-
-
-def test_metrics_are_cut_back(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    kept = '{"step": 1, "loss": 0.1}\n{"loss":2e-3 ,"step": 2}\n'
-    path.write_text(kept + '{"step": 3, "loss": 1}\n{"step": 4, "lo')
-    assert checkpoint.cut_metrics(path, 2) == 2
-    assert path.read_text() == kept and os.listdir(tmp_path) == ["metrics.jsonl"]
-    assert checkpoint.cut_metrics(path, 2) == 0 and path.read_text() == kept
-    assert checkpoint.cut_metrics(tmp_path / "absent.jsonl", 2) == 0
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    rows=st.lists(st.integers(0, 20), max_size=20),
-    step=st.integers(0, 20),
-    cut=st.integers(0, 40),
-)
-def test_metrics_cut_at_any_byte(
-    rows: list[int], step: int, cut: int, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    """However much of the last row was written, the whole rows up to the step stay, and nothing else."""
-    path = tmp_path_factory.mktemp("metrics") / "metrics.jsonl"
-    lines = [json.dumps({"step": row, "loss": row / 3}) for row in rows]
-    tail = json.dumps({"step": 0, "loss": 1.5, "text": "ä"}).encode()[:cut]
-    path.write_bytes("".join(line + "\n" for line in lines).encode() + tail)
-    checkpoint.cut_metrics(path, step)
-    whole = [tail.decode()] if cut >= len(json.dumps({"step": 0, "loss": 1.5, "text": "ä"})) else []
-    expected = [line for row, line in zip(rows, lines, strict=True) if row <= step] + whole
-    assert path.read_text().splitlines() == expected
-    assert path.read_text().endswith("\n") or not expected
-
-
-def test_lines_that_are_no_rows_are_dropped(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(
-        b'\0\0\0\n[]\n{"step": "1"}\n{"step": true}\n{"loss": 1}\n\xff\n{"step": 1}\n' + b"[" * 100_000
-    )
-    assert checkpoint.cut_metrics(path, 5) == 7
-    assert path.read_bytes() == b'{"step": 1}\n'
-
-
-def test_metrics_that_cannot_be_rewritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n')
-
-    def fsync(_: int) -> None:
-        raise OSError(errno.ENOSPC, "full")
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(RunError, match="no space is left"):
-        checkpoint.cut_metrics(path, 1)
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n' and os.listdir(tmp_path) == ["metrics.jsonl"]

@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from masktrain.errors import ConfigError
-from masktrain.training.schedule import ScheduleConfig, resolve, scale_ema, scale_horizon
+from masktrain.training.schedule import ScheduleConfig, resolve, scale_horizon
 
 MAE_AST = ScheduleConfig(kind="linear", warmup_steps=32_000, total_steps=550_000)
 
@@ -138,25 +138,6 @@ def test_one_step(kind: Any) -> None:
 def test_steps_outside_the_run(step: int) -> None:
     with pytest.raises(ValueError, match=r"\[0, 60\)"):
         resolve(MAE_AST, 60, 1e-3).lr_at(step)
-
-
-@given(decay=st.floats(0.99, 1), published=st.integers(1, 10**6), steps=st.integers(1, 10**6))
-def test_ema_forgets_as_much(decay: float, published: int, steps: int) -> None:
-    scaled = scale_ema(decay, published, steps)
-    assert 0.99 <= scaled <= 1
-    if scaled > 0.99:
-        assert scaled**steps == pytest.approx(decay**published, rel=1e-6, abs=1e-300)
-    assert scale_ema(decay, published, published) == decay
-
-
-def test_ema_values() -> None:
-    assert scale_ema(0.9998, 400_000, 40_000) == pytest.approx(0.9998**10, rel=1e-12)
-    assert scale_ema(0.9998, 400_000, 60) == 0.99
-    assert scale_ema(0.9, 100, 10) == 0.9
-    assert scale_ema(1.0, 100, 10) == 1.0 and scale_ema(0.0, 100, 10) == 0.0
-    for wrong in (-0.1, 1.1, math.nan):
-        with pytest.raises(ConfigError):
-            scale_ema(wrong, 10, 10)
 
 
 WRONG: list[dict[str, Any]] = [
