@@ -28,11 +28,13 @@ class Implementation:
     """One way to compute an op.
 
     `why_not(*tensors)` takes what `choose` was given and returns None or the reason it cannot serve.
+    `not_unasked(*tensors)` likewise returns None, or why it can serve but does so only when asked for by name.
     """
 
     name: str
     function: Callable[..., Any]
     why_not: Callable[..., str | None]
+    not_unasked: Callable[..., str | None] = lambda *_: None
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ def choose(
             passed_over.append((impl.name, f"{wanted} was asked for"))
             continue
         reason = impl.why_not(*args)
+        if reason is None and impl.name != wanted:
+            reason = impl.not_unasked(*args)
         if reason is None:
             choice = Choice(op, impl.name, impl.function, tuple(passed_over))
             _note(choice.op, choice.name, choice.function, choice.passed_over)

@@ -9,6 +9,7 @@ all and writes the record anew.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import time
@@ -16,7 +17,15 @@ from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
+import interpreter
 import pytest
+import torch
+
+# Triton decides when a kernel's module is imported whether to interpret it: before anything imports triton.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    interpreter.patch()
 
 REPO = Path(__file__).resolve().parent.parent
 RECORD = REPO / "tests" / "slow_record.json"
@@ -56,7 +65,11 @@ def _sources_digest(item: pytest.Item) -> str:
     for covered in marker.kwargs["covers"]:
         path = REPO / covered
         assert path.exists(), f"{item.nodeid}: covers {covered}, which does not exist"
-        files |= {path} if path.is_file() else {p for p in path.rglob("*") if p.suffix in (".py", ".cpp", ".h", ".cu")}
+        files |= (
+            {path}
+            if path.is_file()
+            else {p for p in path.rglob("*") if p.suffix in (".py", ".cpp", ".h", ".cu")}
+        )
     digest = hashlib.sha256()
     for path in sorted(files):
         digest.update(str(path.relative_to(REPO)).encode() + b"\0" + path.read_bytes())
@@ -74,7 +87,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if mode == "none":
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow changed or --slow all"))
         elif mode == "changed" and record.get(item.nodeid, {}).get("sources") == digest:
-            item.add_marker(pytest.mark.skip(reason="slow: passed with these sources, see tests/slow_record.json"))
+            item.add_marker(
+                pytest.mark.skip(reason="slow: passed with these sources, see tests/slow_record.json")
+            )
 
 
 @pytest.hookimpl(wrapper=True)

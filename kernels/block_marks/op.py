@@ -16,9 +16,15 @@ from masktrain.kernels._checks import (
     check_tensor,
 )
 from masktrain.kernels._dispatch import Implementation, choose
-from masktrain.kernels.block_marks import reference
+from masktrain.kernels._triton import not_unasked
+from masktrain.kernels.block_marks import _native, _triton, reference
+from masktrain.kernels.select_tokens._triton import why_not
 
-IMPLEMENTATIONS = (Implementation("reference", reference.block_marks, lambda *_: None),)
+IMPLEMENTATIONS = (
+    Implementation("triton", _triton.block_marks, why_not, not_unasked),
+    Implementation("native", _native.block_marks, _native.why_not),
+    Implementation("reference", reference.block_marks, lambda *_: None),
+)
 
 
 def block_marks(
@@ -86,7 +92,7 @@ def block_marks(
     check_devices(op, cu_tokens=cu_tokens, counter=counter, clip_ids=clip_ids)
     if shared:
         check_shared(op, n_tokens=n_tokens, n_marked=n_marked)
-    choice = choose(op, IMPLEMENTATIONS, cu_tokens, request=implementation)
+    choice = choose(op, IMPLEMENTATIONS, cu_tokens, n_tokens, request=implementation)
     return choice.function(
         cu_tokens,
         n_tokens,

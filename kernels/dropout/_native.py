@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""dropout and attention_keep by the native library, as torch ops."""
+"""dropout and attention_keep_padded by the native library, as torch ops."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from masktrain.kernels import _native
-from masktrain.kernels.dropout.reference import attention_offsets, keep_scale
+from masktrain.kernels.dropout.reference import keep_scale
 
 DROPOUT = {torch.float32: "mt_dropout_f32", torch.float64: "mt_dropout_f64"}
 ATTENTION_KEEP = {torch.float32: "mt_attention_keep_f32", torch.float64: "mt_attention_keep_f64"}
@@ -21,8 +21,8 @@ _library.define(
     "-> Tensor"
 )
 _library.define(
-    "attention_keep(SymInt[] lengths, SymInt heads, SymInt threshold, Tensor counter, Tensor clip_ids, "
-    "SymInt site, ScalarType dtype, bool padded) -> Tensor"
+    "attention_keep_padded(SymInt[] lengths, SymInt heads, SymInt threshold, Tensor counter, Tensor clip_ids, "
+    "SymInt site, ScalarType dtype) -> Tensor"
 )
 
 
@@ -85,7 +85,7 @@ def _dropout_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd("masktrain::dropout", _dropout_backward, setup_context=_save, lib=_library)
 
 
-def attention_keep(
+def attention_keep_padded(
     lengths: tuple[int, ...],
     heads: int,
     threshold: int,
@@ -94,21 +94,15 @@ def attention_keep(
     *,
     site: int,
     dtype: torch.dtype,
-    padded: bool,
 ) -> Tensor:
-    """See op.py."""
-    return torch.ops.masktrain.attention_keep(
-        lengths, heads, threshold, counter, clip_ids, site, dtype, padded
+    """See `op.attention_keep_padded`."""
+    return torch.ops.masktrain.attention_keep_padded(
+        lengths, heads, threshold, counter, clip_ids, site, dtype
     )
 
 
-def _shape(lengths: Sequence[int], heads: int, padded: bool) -> tuple[int, ...]:
-    n_max = max(lengths, default=0)
-    return (len(lengths), heads, n_max, n_max) if padded else (sum(heads * n * n for n in lengths),)
-
-
-@torch.library.impl(_library, "attention_keep", "CPU")
-def _attention_keep(
+@torch.library.impl(_library, "attention_keep_padded", "CPU")
+def _attention_keep_padded(
     lengths: Sequence[int],
     heads: int,
     threshold: int,
@@ -116,27 +110,22 @@ def _attention_keep(
     clip_ids: Tensor,
     site: int,
     dtype: torch.dtype,
-    padded: bool,
 ) -> Tensor:
     counter, clip_ids = counter.contiguous(), clip_ids.contiguous()
     function = getattr(_native.require(), ATTENTION_KEEP[dtype])
     n_max = max(lengths, default=0)
     # Cells outside a clip are 0 and nothing else writes them.
-    make = torch.zeros if padded and len(set(lengths)) > 1 else torch.empty
-    out = make(_shape(lengths, heads, padded), dtype=dtype)
-    starts = [b * heads * n_max * n_max for b in range(len(lengths))]
-    if not padded:
-        starts = list(attention_offsets(tuple(lengths), heads))
+    make = torch.zeros if len(set(lengths)) > 1 else torch.empty
+    out = make(len(lengths), heads, n_max, n_max, dtype=dtype)
     for b, n in enumerate(lengths):
-        side = n_max if padded else n
         function(
-            out.data_ptr() + starts[b] * out.element_size(),
+            out[b].data_ptr(),
             counter.data_ptr(),
             clip_ids.data_ptr() + b * clip_ids.element_size(),
             heads,
             n,
-            side,
-            side * side,
+            n_max,
+            n_max * n_max,
             site,
             threshold,
             keep_scale(threshold),
@@ -145,8 +134,8 @@ def _attention_keep(
     return out
 
 
-@torch.library.register_fake("masktrain::attention_keep", lib=_library)
-def _attention_keep_fake(
+@torch.library.register_fake("masktrain::attention_keep_padded", lib=_library)
+def _attention_keep_padded_fake(
     lengths: Sequence[int],
     heads: int,
     threshold: int,
@@ -154,6 +143,6 @@ def _attention_keep_fake(
     clip_ids: Tensor,
     site: int,
     dtype: torch.dtype,
-    padded: bool,
 ) -> Tensor:
-    return clip_ids.new_empty(_shape(lengths, heads, padded), dtype=dtype)
+    n_max = max(lengths, default=0)
+    return clip_ids.new_empty(len(lengths), heads, n_max, n_max, dtype=dtype)

@@ -15,16 +15,18 @@ from masktrain.kernels._checks import (
     dtype_names,
 )
 from masktrain.kernels._dispatch import Implementation, choose
-from masktrain.kernels.dropout import _native, reference
+from masktrain.kernels._triton import not_unasked, why_not
+from masktrain.kernels.dropout import _native, _triton, reference
 from masktrain.kernels.philox.op import check_below
 
 DROPOUT = (
+    Implementation("triton", _triton.dropout, why_not, not_unasked),
     Implementation("native", _native.dropout, _native.why_not),
     Implementation("reference", reference.dropout, lambda *_: None),
 )
-ATTENTION_KEEP = (
-    Implementation("native", _native.attention_keep, _native.why_not),
-    Implementation("reference", reference.attention_keep, lambda *_: None),
+ATTENTION_KEEP_PADDED = (
+    Implementation("native", _native.attention_keep_padded, _native.why_not),
+    Implementation("reference", reference.attention_keep_padded, lambda *_: None),
 )
 
 
@@ -92,55 +94,7 @@ def attention_keep_padded(
     Returns (B, heads, n_max, n_max) in `dtype`.
     Raises TypeError or ValueError for an argument of a wrong type, shape, device or range.
     """
-    return _attention_keep(
-        "attention_keep_padded",
-        lengths,
-        heads,
-        p,
-        counter,
-        clip_ids,
-        site,
-        dtype,
-        implementation,
-        padded=True,
-    )
-
-
-def attention_keep(
-    lengths: tuple[int, ...],
-    heads: int,
-    p: float,
-    counter: Tensor,
-    clip_ids: Tensor,
-    *,
-    site: int,
-    dtype: torch.dtype = torch.float32,
-    implementation: str | None = None,
-) -> tuple[Tensor, tuple[int, ...]]:
-    """Return the multipliers of `attention_keep_padded` without padding, and where each clip starts.
-
-    The first result is 1-D: clip after clip, each (heads, n, n). The second has B + 1 offsets on the host:
-    clip b is packed[offsets[b]:offsets[b + 1]].view(heads, n, n), and the last is the total.
-    """
-    packed = _attention_keep(
-        "attention_keep", lengths, heads, p, counter, clip_ids, site, dtype, implementation, padded=False
-    )
-    return packed, reference.attention_offsets(lengths, heads)
-
-
-def _attention_keep(
-    op: str,
-    lengths: tuple[int, ...],
-    heads: int,
-    p: float,
-    counter: Tensor,
-    clip_ids: Tensor,
-    site: int,
-    dtype: torch.dtype,
-    implementation: str | None,
-    *,
-    padded: bool,
-) -> Tensor:
+    op = "attention_keep_padded"
     check_tensor(op, "clip_ids", clip_ids, (torch.int64,), ("B",))
     check_counts(op, "lengths", lengths, clip_ids.shape[0])
     check_tensor(op, "counter", counter, (torch.int64,), (2,))
@@ -151,10 +105,8 @@ def _attention_keep(
     if dtype not in FLOATS:
         raise TypeError(f"{op}: dtype must be {dtype_names(FLOATS)}, received {dtype}.")
     threshold = _threshold(op, p)
-    choice = choose("attention_keep", ATTENTION_KEEP, clip_ids, dtype, request=implementation)
-    return choice.function(
-        lengths, heads, threshold, counter, clip_ids, site=site, dtype=dtype, padded=padded
-    )
+    choice = choose(op, ATTENTION_KEEP_PADDED, clip_ids, dtype, request=implementation)
+    return choice.function(lengths, heads, threshold, counter, clip_ids, site=site, dtype=dtype)
 
 
 def _threshold(op: str, p: float) -> int:

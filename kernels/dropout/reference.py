@@ -9,7 +9,6 @@ a new block.
 
 from __future__ import annotations
 
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -71,7 +70,7 @@ def _apply(x: Tensor, threshold: int, counter: Tensor, row_ids: Tensor, row_pos:
     return torch.where(keep, x * keep_scale(threshold), 0.0)
 
 
-def attention_keep(
+def attention_keep_padded(
     lengths: tuple[int, ...],
     heads: int,
     threshold: int,
@@ -80,27 +79,8 @@ def attention_keep(
     *,
     site: int,
     dtype: torch.dtype,
-    padded: bool,
 ) -> Tensor:
-    """Return the multipliers of attention weights, padded or packed. See op.py."""
-    if padded:
-        return _attention_keep_padded(lengths, heads, threshold, counter, clip_ids, site, dtype)
-    clips = [
-        _attention_keep_padded((n,), heads, threshold, counter, clip_ids[b : b + 1], site, dtype).flatten()
-        for b, n in enumerate(lengths)
-    ]
-    return torch.cat(clips) if clips else torch.empty(0, dtype=dtype, device=clip_ids.device)
-
-
-def _attention_keep_padded(
-    lengths: tuple[int, ...],
-    heads: int,
-    threshold: int,
-    counter: Tensor,
-    clip_ids: Tensor,
-    site: int,
-    dtype: torch.dtype,
-) -> Tensor:
+    """Return the multipliers of attention weights: (B, heads, n_max, n_max). See `op.attention_keep_padded`."""
     # Cell (query i, key j) of head h of a clip of n rows: half j % 8 of block i * ceil(n / 8) + j // 8.
     n_max, device = max(lengths, default=0), clip_ids.device
     sizes: Any = n_max
@@ -115,8 +95,3 @@ def _attention_keep_padded(
     if isinstance(sizes, Tensor):
         keep &= (query < sizes) & (query.mT < sizes)
     return keep.to(dtype) * keep_scale(threshold)
-
-
-def attention_offsets(lengths: tuple[int, ...], heads: int) -> tuple[int, ...]:
-    """Return where each clip starts in the packed multipliers, and the total: B + 1 ints."""
-    return tuple(accumulate((heads * n * n for n in lengths), initial=0))

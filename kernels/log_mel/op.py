@@ -8,10 +8,13 @@ from torch import Tensor
 
 from masktrain.kernels._checks import FULL_FLOATS, check_counts, check_no_gradient, check_tensor, dtype_names
 from masktrain.kernels._dispatch import Implementation, choose
-from masktrain.kernels.log_mel import reference
+from masktrain.kernels.log_mel import _native, reference
 from masktrain.kernels.log_mel.spec import MelSpec, spec_problem
 
-IMPLEMENTATIONS = (Implementation("reference", reference.log_mel, lambda *_: None),)
+IMPLEMENTATIONS = (
+    Implementation("native", _native.log_mel, _native.why_not),
+    Implementation("reference", reference.log_mel, lambda *_: None),
+)
 
 
 def log_mel(
@@ -50,5 +53,5 @@ def log_mel(
     dtype = samples.dtype if dtype is None else dtype
     if dtype not in FULL_FLOATS:
         raise TypeError(f"log_mel: dtype must be {dtype_names(FULL_FLOATS)}, received {dtype!r}.")
-    choice = choose("log_mel", IMPLEMENTATIONS, samples, request=implementation)
+    choice = choose("log_mel", IMPLEMENTATIONS, samples, spec, dtype, request=implementation)
     return choice.function(samples, lengths, spec, dtype=dtype)

@@ -10,9 +10,14 @@ from torch import Tensor
 
 from masktrain.kernels._checks import FLOATS, check_patches, dtype_names
 from masktrain.kernels._dispatch import Implementation, choose
-from masktrain.kernels.mask_gather import reference
+from masktrain.kernels._triton import not_unasked
+from masktrain.kernels.mask_gather import _native, _triton, reference
 
-IMPLEMENTATIONS = (Implementation("reference", reference.mask_gather, lambda *_: None),)
+IMPLEMENTATIONS = (
+    Implementation("triton", _triton.mask_gather, _triton.why_not, not_unasked),
+    Implementation("native", _native.mask_gather, _native.why_not),
+    Implementation("reference", reference.mask_gather, lambda *_: None),
+)
 
 
 def mask_gather(
@@ -50,5 +55,5 @@ def mask_gather(
     dtype = frames.dtype if dtype is None else dtype
     if dtype not in FLOATS:
         raise TypeError(f"mask_gather: dtype must be {dtype_names(FLOATS)}, received {dtype!r}.")
-    choice = choose("mask_gather", IMPLEMENTATIONS, frames, request=implementation)
+    choice = choose("mask_gather", IMPLEMENTATIONS, frames, dtype, request=implementation)
     return choice.function(frames, cu_frames, cu_tokens, index, mean=mean, scale=scale, dtype=dtype, **grid)

@@ -8,9 +8,13 @@ from torch import Tensor
 
 from masktrain.kernels._checks import FLOATS, check_devices, check_tensor
 from masktrain.kernels._dispatch import Implementation, choose
-from masktrain.kernels.mask_scatter import reference
+from masktrain.kernels._triton import not_unasked
+from masktrain.kernels.mask_scatter import _triton, reference
 
-IMPLEMENTATIONS = (Implementation("reference", reference.mask_scatter, lambda *_: None),)
+IMPLEMENTATIONS = (
+    Implementation("triton", _triton.mask_scatter, _triton.why_not, not_unasked),
+    Implementation("reference", reference.mask_scatter, lambda *_: None),
+)
 
 
 def mask_scatter(
@@ -34,5 +38,5 @@ def mask_scatter(
     check_tensor(op, "visible", visible, (torch.int32,), (x_visible.shape[0],))
     check_tensor(op, "masked", masked, (torch.int32,), ("M",))
     check_devices(op, x_visible=x_visible, mask_token=mask_token, visible=visible, masked=masked)
-    choice = choose(op, IMPLEMENTATIONS, x_visible, request=implementation)
+    choice = choose(op, IMPLEMENTATIONS, x_visible, mask_token, request=implementation)
     return choice.function(x_visible, mask_token, visible, masked)

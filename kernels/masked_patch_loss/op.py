@@ -9,9 +9,14 @@ from torch import Tensor
 
 from masktrain.kernels._checks import FLOATS, check_devices, check_patches, check_tensor
 from masktrain.kernels._dispatch import Implementation, choose
-from masktrain.kernels.masked_patch_loss import reference
+from masktrain.kernels._triton import not_unasked
+from masktrain.kernels.masked_patch_loss import _native, _triton, reference
 
-IMPLEMENTATIONS = (Implementation("reference", reference.masked_patch_loss, lambda *_: None),)
+IMPLEMENTATIONS = (
+    Implementation("triton", _triton.masked_patch_loss, _triton.why_not, not_unasked),
+    Implementation("native", _native.masked_patch_loss, _native.why_not),
+    Implementation("reference", reference.masked_patch_loss, lambda *_: None),
+)
 
 
 def masked_patch_loss(
@@ -48,7 +53,7 @@ def masked_patch_loss(
     check_devices(op, frames=frames, pred=pred)
     if norm_pix_loss and values < 2:
         raise ValueError(f"{op}: norm_pix_loss needs patches of at least 2 values, received {values}.")
-    choice = choose(op, IMPLEMENTATIONS, pred, request=implementation)
+    choice = choose(op, IMPLEMENTATIONS, pred, frames, request=implementation)
     return choice.function(
         pred,
         frames,

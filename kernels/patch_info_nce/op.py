@@ -8,9 +8,12 @@ from torch import Tensor
 
 from masktrain.kernels._checks import FLOATS, check_choice, check_counts, check_devices, check_tensor
 from masktrain.kernels._dispatch import Implementation, choose
-from masktrain.kernels.patch_info_nce import reference
+from masktrain.kernels.patch_info_nce import _triton, reference
 
-IMPLEMENTATIONS = (Implementation("reference", reference.patch_info_nce, lambda *_: None),)
+IMPLEMENTATIONS = (
+    Implementation("triton", _triton.patch_info_nce, _triton.why_not, _triton.not_unasked),
+    Implementation("reference", reference.patch_info_nce, lambda *_: None),
+)
 
 
 def patch_info_nce(
@@ -47,5 +50,5 @@ def patch_info_nce(
     check_tensor(op, "cu_masked", cu_masked, (torch.int32,), (len(n_masked) + 1,))
     check_choice(op, "axis", axis, ("targets", "predictions"))
     check_devices(op, pred=pred, target=target, cu_masked=cu_masked)
-    choice = choose(op, IMPLEMENTATIONS, pred, request=implementation)
+    choice = choose(op, IMPLEMENTATIONS, pred, target, request=implementation)
     return choice.function(pred, target, cu_masked, n_masked, axis=axis)

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from masktrain.kernels._checks import check_at_least, check_devices, check_tensor
 from masktrain.kernels._dispatch import Implementation, choose
-from masktrain.kernels.philox import _native, reference
+from masktrain.kernels._triton import not_unasked, why_not
+from masktrain.kernels.philox import _native, _triton, reference
 
 IMPLEMENTATIONS = (
+    Implementation("triton", _triton.philox_words, why_not, not_unasked),
     Implementation("native", _native.philox_words, _native.why_not),
     Implementation("reference", reference.philox_words, lambda *_: None),
 )

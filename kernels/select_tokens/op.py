@@ -15,9 +15,14 @@ from masktrain.kernels._checks import (
     check_tensor,
 )
 from masktrain.kernels._dispatch import Implementation, choose
-from masktrain.kernels.select_tokens import reference
+from masktrain.kernels._triton import not_unasked
+from masktrain.kernels.select_tokens import _native, _triton, reference
 
-IMPLEMENTATIONS = (Implementation("reference", reference.select_tokens, lambda *_: None),)
+IMPLEMENTATIONS = (
+    Implementation("triton", _triton.select_tokens, _triton.why_not, not_unasked),
+    Implementation("native", _native.select_tokens, _native.why_not),
+    Implementation("reference", reference.select_tokens, lambda *_: None),
+)
 
 
 def select_tokens(
@@ -60,5 +65,5 @@ def select_tokens(
     check_devices(op, cu_tokens=cu_tokens, counter=counter, clip_ids=clip_ids, classes=classes)
     if shared:
         check_shared(op, n_tokens=n_tokens, n_visible=n_visible)
-    choice = choose(op, IMPLEMENTATIONS, cu_tokens, request=implementation)
+    choice = choose(op, IMPLEMENTATIONS, cu_tokens, n_tokens, request=implementation)
     return choice.function(cu_tokens, n_tokens, n_visible, counter, clip_ids, classes=classes, shared=shared)

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from masktrain.kernels._checks import FLOATS, check_counts, check_devices, check_tensor
 from masktrain.kernels._dispatch import Implementation, choose
-from masktrain.kernels.varlen_attention import _native, reference
+from masktrain.kernels.varlen_attention import _native, _triton, reference
 
 IMPLEMENTATIONS = (
+    Implementation("triton", _triton.varlen_attention, _triton.why_not, _triton.not_unasked),
     Implementation("native", _native.varlen_attention, lambda *_: None),
     Implementation("reference", reference.varlen_attention, lambda *_: None),
 )
@@ -67,7 +68,7 @@ def varlen_attention(
         check_tensor(op, "counter", counter, (torch.int64,), (2,))
         check_tensor(op, "clip_ids", clip_ids, (torch.int64,), (len(lengths),))
         check_devices(op, q=q, counter=counter, clip_ids=clip_ids)
-    choice = choose(op, IMPLEMENTATIONS, q, request=implementation)
+    choice = choose(op, IMPLEMENTATIONS, q, threshold, request=implementation)
     return choice.function(
         q,
         k,

@@ -39,6 +39,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _main(arguments: list[str]) -> int:
+    try:
+        status = _run(arguments)
+        sys.stdout.flush()  # here, where a reader that has gone can still be dealt with
+    except MasktrainError as error:
+        return _refuse(str(error))
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # the reader of our output has gone (`masktrain recipes list | head`): nothing is left to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # a report has done its work; a run has not, and ends with the status of SIGPIPE
+        return 141 if arguments[0] == "run" else 0
+    return status
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage(), end="")
         return 0
@@ -50,15 +67,10 @@ def _main(arguments: list[str]) -> int:
         return _refuse(f"no command {name!r}.{nearest(name, COMMANDS)} Commands: {', '.join(COMMANDS)}.")
     try:
         import_module(f"masktrain.cli.{COMMANDS[name][0]}").main(rest)
-    except MasktrainError as error:
-        return _refuse(str(error))
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # the reader of our output has gone (`masktrain recipes list | head`): nothing is left to say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except SystemExit as done:
+        if done.code == 1:  # rich's answer to a reader that has gone
+            raise BrokenPipeError from done
+        return int(done.code or 0)  # tyro has printed help
     return 0
 
 

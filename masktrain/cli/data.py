@@ -3,33 +3,20 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import Annotated
 
 import tyro
-from rich.progress import Progress
 
 from masktrain.cli.options import parse, write_json
 from masktrain.errors import ConfigError, nearest
-
-if TYPE_CHECKING:
-    from masktrain.data.manifest import Manifest
 
 ACTIONS = ("index", "stats", "demo")
 USAGE = """usage: masktrain data index PATH [PATH ...] -o clips.tsv    write the canonical manifest
        masktrain data stats PATH [PATH ...] [--frontend mae_ast]   measure dataset_mean and dataset_std
        masktrain data demo -o FOLDER                       make the demo corpus
 """
-
-
-class Advance(Protocol):
-    """Called with how many of how many are done."""
-
-    def __call__(self, done: int, total: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -54,8 +41,10 @@ class StatsOptions:
     """Front-end preset."""
     clips: int | None = None
     """Measure this many clips drawn at random; default all."""
+    clip_seconds: float | None = 10.0
+    """Longer files are cut to this at a random place, as a run cuts them; none takes whole files."""
     seed: int = 0
-    """Seed of the draw."""
+    """Seed of the draw and of the cuts."""
     json: Path | None = None
     """Also write the statistics there, with those of each bin."""
 
@@ -79,70 +68,80 @@ def main(arguments: list[str]) -> None:
         return
     action, rest = arguments[0], arguments[1:]
     if action not in ACTIONS:
-        raise ConfigError(f"data: no action {action!r}.{nearest(action, ACTIONS)} Allowed: {', '.join(ACTIONS)}.")
+        raise ConfigError(
+            f"data: no action {action!r}.{nearest(action, ACTIONS)} Allowed: {', '.join(ACTIONS)}."
+        )
     {"index": _index, "stats": _stats, "demo": _demo}[action](rest)
 
 
-@contextmanager
-def progress_bar(label: str) -> Iterator[Advance]:
-    """Show progress on a terminal, nothing elsewhere."""
-    with Progress(disable=not sys.stdout.isatty()) as progress:
-        task = progress.add_task(label, total=None)
-
-        def advance(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
-
-        yield advance
-
-
-def read_manifest(paths: Sequence[Path]) -> Manifest:
-    """Return the clips of what the user named, indexed, after saying what was left out."""
-    from masktrain.data.index import index_manifest
-    from masktrain.data.readers import load_manifest
-
-    entries, notes = load_manifest(paths)
-    for note in notes:
-        print(f"note: {note.text}")
-    with progress_bar("reading headers") as advance:
-        manifest, bad = index_manifest(entries, progress=advance)
-    for clip in bad:
-        print(f"bad clip left out: {clip}")
-    return manifest
+def _check(paths: tuple[Path, ...], seed: int = 0) -> None:
+    if not paths:
+        raise ConfigError("data: no path was given. Name folders, audio files or manifests.")
+    if not 0 <= seed < 1 << 48:
+        raise ConfigError(f"--seed: must lie in [0, 2^48); received {seed}.")
 
 
 def _index(rest: list[str]) -> None:
-    from masktrain.data.manifest import write_canonical
+    from masktrain.data.manifest import shown, write_canonical
+    from masktrain.training.console import Console
+    from masktrain.training.corpus import read_clips
 
     options = parse(IndexOptions, "data index", rest)
-    manifest = read_manifest(options.paths)
-    write_canonical(manifest, options.out)
-    print(f"{options.out}: {len(manifest)} clips, {manifest.seconds / 3600:.2f} h")
-    write_json(options.json, {"manifest": str(options.out), "clips": len(manifest), "seconds": manifest.seconds})
+    _check(options.paths)
+    with Console() as console:
+        manifest, bad = read_clips(options.paths, console)
+        write_canonical(manifest, options.out)
+        console.note(f"{shown(options.out)}: {len(manifest)} clips, {manifest.seconds / 3600:.2f} h")
+    report = {"manifest": str(options.out), "clips": len(manifest), "seconds": manifest.seconds}
+    write_json(options.json, report | {"bad_clips": [asdict(clip) for clip in bad]})
 
 
 def _stats(rest: list[str]) -> None:
-    from masktrain.training.corpus import measure_statistics
+    from masktrain.frontend.presets import preset
+    from masktrain.training.console import Console
+    from masktrain.training.corpus import read_clips
+    from masktrain.training.statistics import measure_statistics
 
     options = parse(StatsOptions, "data stats", rest)
-    manifest = read_manifest(options.paths)
-    with progress_bar("measuring") as advance:
-        report: dict[str, Any] = measure_statistics(
-            manifest, options.frontend, clips=options.clips, seed=options.seed, progress=advance
+    _check(options.paths, options.seed)
+    frontend = preset(options.frontend)
+    with Console() as console:
+        manifest, bad = read_clips(options.paths, console)
+        with console.progress("measuring") as advance:
+            measured = measure_statistics(
+                manifest,
+                frontend,
+                clips=options.clips,
+                clip_seconds=options.clip_seconds,
+                seed=options.seed,
+                progress=advance,
+            )
+        found, warning = measured.statistics, measured.statistics.warning()
+        for clip in measured.bad:
+            console.warn(f"bad clip left out: {clip}")
+        if warning:
+            console.warn(warning)
+        more = "" if options.json else "; --json PATH writes each bin's"
+        console.finish(
+            [
+                ("front end", frontend.preset),
+                ("measured", f"{measured.clips} clips, {found.frames} frames"),
+                ("dataset_mean", f"{found.dataset_mean:.6f}"),
+                ("dataset_std", f"{found.dataset_std:.6f}"),
+                ("per bin", f"std {min(found.bin_std):.4f} to {max(found.bin_std):.4f}{more}"),
+            ]
         )
-    print(f"front end {options.frontend}, {report['clips']} clips, {report['frames']} frames")
-    print(f"dataset_mean {report['dataset_mean']:.6f}")
-    print(f"dataset_std  {report['dataset_std']:.6f}")
-    stds = report["std_per_bin"]
-    print(f"per bin: std {min(stds):.4f} to {max(stds):.4f}" + ("" if options.json else " (--json PATH writes them)"))
-    for warning in report["warnings"]:
-        print(f"warning: {warning}")
-    write_json(options.json, report)
+    report = {"frontend": frontend.preset, "clips": measured.clips, **asdict(found), "warning": warning}
+    write_json(options.json, report | {"bad_clips": [asdict(clip) for clip in [*bad, *measured.bad]]})
 
 
 def _demo(rest: list[str]) -> None:
     from masktrain.data.demo import make_demo
+    from masktrain.data.manifest import shown
+    from masktrain.training.console import Console
 
     options = parse(DemoOptions, "data demo", rest)
+    _check((options.out,), options.seed)
     path = make_demo(options.out, options.seed)
-    print(f"{path}: the demo corpus; train on it with --data {path}")
+    Console().note(f"{shown(path)}: the demo corpus; train on it with --data {shown(path)}")
     write_json(options.json, {"manifest": str(path)})

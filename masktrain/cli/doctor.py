@@ -40,21 +40,18 @@ OPTIONAL = {
 def main(arguments: list[str]) -> None:
     """Run `masktrain doctor`."""
     options = parse(Options, "doctor", arguments)
-    report = {
-        "machine": _machine(),
-        "packages": _packages(),
-        "ops": _ops(),
-        "loader": _loader(),
-        "not_supported": _not_supported(),
-    }
+    machine, packages, ops, loader, missing = _machine(), _packages(), _ops(), _loader(), _not_supported()
     # a pipe has no width: print whole sentences there
     console = Console() if sys.stdout.isatty() else Console(width=200)
-    _print_pairs(console, "machine", report["machine"])
-    _print_rows(console, "optional packages", report["packages"])
-    _print_rows(console, "ops", report["ops"])
-    _print_pairs(console, "data path", report["loader"])
-    _print_pairs(console, "not supported or not measured", report["not_supported"])
-    write_json(options.json, report)
+    _print_pairs(console, "machine", machine)
+    _print_rows(console, "optional packages", packages)
+    _print_rows(console, "ops", ops)
+    _print_pairs(console, "data path", loader)
+    _print_pairs(console, "not supported or not measured", missing)
+    write_json(
+        options.json,
+        {"machine": machine, "packages": packages, "ops": ops, "loader": loader, "not_supported": missing},
+    )
 
 
 def _print_pairs(console: Console, title: str, pairs: dict[str, str]) -> None:
@@ -120,11 +117,16 @@ def _packages() -> list[dict[str, str]]:
 
 
 def _ops() -> list[dict[str, str]]:
+    from masktrain.training.distributed import pick_device
     from masktrain.training.kernel_choices import kernel_choices
 
     return [
-        {"op": c.op, "serves": c.name, "passed over": "; ".join(f"{n}: {why}" for n, why in c.passed_over) or "-"}
-        for c in kernel_choices()
+        {
+            "op": c.op,
+            "serves": c.name,
+            "passed over": "; ".join(f"{n}: {why}" for n, why in c.passed_over) or "-",
+        }
+        for c in kernel_choices(pick_device("auto"))
     ]
 
 

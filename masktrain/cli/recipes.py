@@ -43,11 +43,15 @@ def main(arguments: list[str]) -> None:
         return
     action = arguments[0]
     if action not in ACTIONS:
-        raise ConfigError(f"recipes: no action {action!r}.{nearest(action, ACTIONS)} Allowed: {', '.join(ACTIONS)}.")
+        raise ConfigError(
+            f"recipes: no action {action!r}.{nearest(action, ACTIONS)} Allowed: {', '.join(ACTIONS)}."
+        )
     options = parse(Options, f"recipes {action}", arguments[1:])
     expected = {"list": 0, "show": 1, "diff": 2}[action]
     if len(options.names) != expected:
-        raise ConfigError(f"recipes {action}: expected {expected} names, received {len(options.names)}.\n{USAGE}")
+        raise ConfigError(
+            f"recipes {action}: expected {expected} names, received {len(options.names)}.\n{USAGE}"
+        )
     report = {"list": _list, "show": _show, "diff": _diff}[action](options.names)
     write_json(options.json, report)
 
@@ -63,7 +67,7 @@ def _print(table: Table) -> None:
     console.print(table)
 
 
-def _list(_: tuple[str, ...]) -> Any:
+def _list(names: tuple[str, ...]) -> Any:
     table = Table("recipe", "what it is", box=None)
     for name, (_, line) in RECIPES.items():
         table.add_row(name, line)

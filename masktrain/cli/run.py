@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
@@ -109,7 +110,7 @@ def _fresh(options: Options, rest: list[str]) -> RunSpec:
         notes.append(f"{steps} steps: a short run, since there is no --data; --steps sets another length")
     manifests = tuple(path.absolute() for path in options.data)
     for path in manifests:
-        if not path.exists():
+        if not os.path.exists(path):
             raise DataError(f"--data {path}: no such file or folder.")
     return RunSpec(
         recipe=recipe,
@@ -126,6 +127,7 @@ def _fresh(options: Options, rest: list[str]) -> RunSpec:
 def _adjusted(recipe: Recipe, options: Options, rest: list[str]) -> Recipe:
     """Apply the masking strategy, whose fields may be overridden, the dotted overrides, then the named options."""
     from masktrain.masking.registry import strategy
+    from masktrain.training.run_spec import check_whole_numbers
 
     if options.masking is not None and options.masking != type(recipe.masking).name:
         cls = strategy(options.masking)
@@ -135,6 +137,7 @@ def _adjusted(recipe: Recipe, options: Options, rest: list[str]) -> Recipe:
         if getattr(options, name) is not None and any(a.replace("_", "-").startswith(long) for a in rest):
             raise ConfigError(f"{short} and {long}: the same under two names; give one of them.")
     recipe = override(recipe, "run", rest, Options)
+    check_whole_numbers(recipe)
     if options.batch_size is not None:
         recipe = replace(recipe, batch_size=options.batch_size)
     if options.seed is not None:

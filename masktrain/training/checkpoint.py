@@ -23,9 +23,8 @@ import re
 import secrets
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from io import BufferedReader
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeGuard
@@ -74,10 +73,10 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Latest:
-    """path: the newest valid checkpoint, None where there is none. damaged: why each newer folder was passed
+    """checkpoint: the newest valid one, None where there is none. damaged: why each newer folder was passed
     over."""
 
-    path: Path | None
+    checkpoint: Checkpoint | None
     damaged: tuple[str, ...]
 
 
@@ -87,9 +86,9 @@ class Latest:
 def save(root: Path, step: int, tensors: Tensors, data: Mapping[str, Any], keep_last: int) -> Path:
     """Write the checkpoint of `step` in `root`, remove all but the newest `keep_last`, return its folder.
 
-    tensors: {group: {name: tensor}}, a file for each group. data: JSON-ready. A valid checkpoint of this step
-    stays as it is (the same step of the same run holds the same state); a damaged one is replaced. Raises
-    RunError when it cannot be written; all checkpoints there are untouched then.
+    tensors: {group: {name: tensor}}, a file for each group, contiguous and sharing no memory. data: JSON-ready. A
+    valid checkpoint of this step stays as it is (the same step of the same run holds the same state); a damaged one
+    is replaced. Raises RunError when it cannot be written; all checkpoints there are untouched then.
     """
     for group in tensors:
         if not _GROUP.fullmatch(group):
@@ -99,14 +98,14 @@ def save(root: Path, step: int, tensors: Tensors, data: Mapping[str, Any], keep_
     try:
         if not root.is_dir():
             root.mkdir(parents=True)
-            storage.sync_folder(root.parent)
+            storage.sync(root.parent)
         if not _valid(final, step):
             try:
                 _fill(partial, step, tensors, data)
                 _put(partial, final, step)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
-            storage.sync_folder(root)
+            storage.sync(root)
         _prune(root, step, keep_last)
     except OSError as error:
         raise storage.write_failed(f"the checkpoint of step {step}", root, error) from error
@@ -124,18 +123,18 @@ def _hidden(folder: Path, kind: str) -> Path:
 
 def _fill(folder: Path, step: int, tensors: Tensors, data: Mapping[str, Any]) -> None:
     folder.mkdir()
-    files = {f"{group}.safetensors": values for group, values in tensors.items()}
-    records = {name: storage.write_tensors(folder / name, values) for name, values in files.items()}
-    records[STATE] = storage.write_json(folder / STATE, dict(data))
+    for group, values in tensors.items():
+        storage.write_tensors(folder / f"{group}.safetensors", dict(values))
+    storage.write(folder / STATE, storage.encode_json(dict(data)))
     manifest = {
         "format": FORMAT,
         "version": VERSION,
         "layout": LAYOUT,
         "step": step,
-        "files": {name: {"size": r.size, "sha256": r.sha256} for name, r in records.items()},
+        "files": {name: asdict(storage.record_of(folder / name)) for name in sorted(os.listdir(folder))},
     }
-    storage.write_json(folder / MANIFEST, {**manifest, "sha256": _digest(manifest)})
-    storage.sync_folder(folder)
+    storage.write(folder / MANIFEST, storage.encode_json({**manifest, "sha256": _digest(manifest)}))
+    storage.sync(folder)
     try:
         verify(folder)
     except CheckpointError as error:
@@ -309,20 +308,20 @@ class AsyncSaver:
 
 
 def latest(root: Path) -> Latest:
-    """Return the newest valid checkpoint in `root`, every byte checked, and the newer folders that are
-    damaged."""
+    """Load the newest valid checkpoint in `root`, and say which newer folders are damaged."""
     while True:
         passed: list[str] = []
         for step, folder in _listed(root):
             try:
-                if verify(folder).step != step:
+                found = _load(folder)
+                if found.step != step:
                     damaged(folder, "holds the checkpoint of another step")
             except CheckpointError as error:
                 if not os.path.lexists(folder):
                     break  # the run that owns it removed it just now, after saving a newer one: look again
                 passed.append(str(error))
             else:
-                return Latest(folder, tuple(passed))
+                return Latest(found, tuple(passed))
         else:
             return Latest(None, tuple(passed))
 
@@ -340,45 +339,29 @@ def _listed(root: Path) -> list[tuple[int, Path]]:
 
 
 def verify(path: Path) -> Manifest:
-    """Check a checkpoint completely: its manifest, and size, SHA-256 and format of every file.
-
-    Memory does not grow with the tensors. Raises CheckpointError.
-    """
+    """Check manifest, size and SHA-256 of every file of a checkpoint, in constant memory. Raises CheckpointError."""
     manifest = _manifest(path)
-    for file_path, file, size in _checked(path, manifest):
-        if file_path.name == STATE:
-            storage.read_json(file_path, file, size)
-        else:
-            storage.check_tensors(file_path, file, size)
+    for name, record in manifest.files.items():
+        if storage.record_of(path / name) != record:
+            damaged(path / name, "is not what was written (its SHA-256 differs)")
     return manifest
 
 
 def load(path: Path) -> Checkpoint:
     """Return a checkpoint; no file is looked into before its SHA-256 is right. Raises CheckpointError."""
-    tensors: dict[str, dict[str, Tensor]] = {}
-    data: dict[str, Any] = {}
     try:
-        manifest = _manifest(path)
-        for file_path, file, size in _checked(path, manifest):
-            if file_path.name == STATE:
-                data = storage.read_json(file_path, file, size)
-            else:
-                tensors[file_path.stem] = storage.read_tensors(file_path, file, size)
+        return _load(path)
     except CheckpointError as error:
         raise CheckpointError(
             f"{error} Nothing of it is used: take another checkpoint of the run, or copy this one again."
         ) from error
-    return Checkpoint(path, manifest.step, tensors, data)
 
 
-def _checked(path: Path, manifest: Manifest) -> Iterator[tuple[Path, BufferedReader, int]]:
-    """Give each listed file with its size, open at its start, once its hash is right."""
-    for name, record in manifest.files.items():
-        file_path = path / name
-        with storage.opened(file_path) as (file, size):
-            storage.check_size(file_path, size, record)
-            storage.check_hash(file_path, file, record)
-            yield file_path, file, size
+def _load(path: Path) -> Checkpoint:
+    manifest = verify(path)
+    groups = sorted(manifest.files.keys() - {STATE})
+    tensors = {name.removesuffix(".safetensors"): storage.read_tensors(path / name) for name in groups}
+    return Checkpoint(path, manifest.step, tensors, storage.read_json(path / STATE))
 
 
 def _manifest(path: Path) -> Manifest:
@@ -386,8 +369,7 @@ def _manifest(path: Path) -> Manifest:
     if os.path.islink(path) or not os.path.isdir(path):
         damaged(path, "is not a checkpoint folder")
     file_path = path / MANIFEST
-    with storage.opened(file_path) as (file, size):
-        content = storage.read_json(file_path, file, size)
+    content = storage.read_json(file_path)
     if content.get("format") != FORMAT:
         damaged(file_path, f"is not the manifest of a {FORMAT}")
     version, layout = content.get("version"), content.get("layout")
@@ -434,7 +416,8 @@ def _check_folder(path: Path, records: dict[str, FileRecord]) -> None:
         damaged(path, f"holds files that its manifest does not list: {', '.join(map(repr, extra[:5]))}")
     for name, record in records.items():
         with storage.opened(path / name) as (_, size):
-            storage.check_size(path / name, size, record)
+            if size != record.size:
+                damaged(path / name, f"has {size} bytes where {record.size} were written")
 
 
 # --- model and optimiser by name ---
@@ -544,45 +527,3 @@ def _listing(what: str, problems: list[str]) -> str:
     shown = "; ".join(problems[:20])
     more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
     return f"{what}. {shown}{more}. Was the checkpoint written by another recipe, size or version?"
-
-
-# --- metrics ---
-
-
-def cut_metrics(path: Path, step: int) -> int:
-    """Cut a metrics.jsonl back to its rows with "step" at most `step`, and return how many lines were
-    dropped.
-
-    What is no row (the half-written last line of a killed run) is dropped as well. The file is replaced at
-    once, its kept lines byte for byte; without a file there is nothing to do. Raises RunError when it cannot
-    be written.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    dropped = 0
-    try:
-        with open(path, "rb") as source, open(partial, "wb") as target:
-            for line in source:
-                if _row_step(line) <= step:
-                    target.write(line if line.endswith(b"\n") else line + b"\n")
-                else:
-                    dropped += 1
-            target.flush()
-            os.fsync(target.fileno())
-        os.replace(partial, path)
-        storage.sync_folder(path.parent)
-    except FileNotFoundError:
-        return 0
-    except OSError as error:
-        raise storage.write_failed(path.name, path.parent, error) from error
-    finally:
-        partial.unlink(missing_ok=True)
-    return dropped
-
-
-def _row_step(line: bytes) -> float:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return float("inf")
-    step = row.get("step") if isinstance(row, dict) else None
-    return step if type(step) is int else float("inf")

@@ -18,8 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from masktrain.training.run_dir import finite, write_atomic
-from masktrain.training.storage import write_failed
+from masktrain.training.run_dir import finite
+from masktrain.training.storage import write_atomic, write_failed
 
 
 class Logger(Protocol):

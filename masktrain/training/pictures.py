@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
-from masktrain.training.run_dir import write_atomic
+from masktrain.training.storage import write_atomic
 from masktrain.types import MaskPlan
 
 if TYPE_CHECKING:

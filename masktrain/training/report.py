@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -28,6 +30,7 @@ from masktrain.types import Spectrogram, StepKey, cumulative
 
 if TYPE_CHECKING:
     from masktrain.data.loader import Loader
+    from masktrain.data.manifest import BadClip
     from masktrain.training.step import StepResult
 
 ALWAYS_LOGGED = 10
@@ -37,10 +40,41 @@ PADDING_WARNING = 0.2
 MAP_PLANS = 512
 
 
-class Report:
-    """The record of one run. Use as a context: its folder is locked meanwhile."""
+@contextmanager
+def run_folder(spec: RunSpec, world: World) -> Iterator[run_dir.RunDir | None]:
+    """Hold the folder of a run, on the first rank: what cannot be used is refused before any work.
 
-    def __init__(self, spec: RunSpec, world: World, console: Console, manifest_digest: str, steps: int) -> None:
+    Where the run ends before it has written its config, a folder that was made for it goes again.
+    """
+    if not world.first:
+        yield None
+        return
+    made = not os.path.lexists(spec.out)
+    run = run_dir.RunDir.reopen(spec.out) if spec.resume else run_dir.RunDir.create(spec.out)
+    try:
+        yield run
+    finally:
+        if not os.path.lexists(run.config):
+            with suppress(OSError):
+                (run.path / run_dir.LOCK).unlink()
+                if made:
+                    run.path.rmdir()
+        run.close()
+
+
+class Report:
+    """The record of one run. Use as a context."""
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        run: run_dir.RunDir | None,
+        world: World,
+        console: Console,
+        manifest_digest: str,
+        steps: int,
+    ) -> None:
+        """run: the folder, on the first rank."""
         self.spec = spec
         self.recipe = spec.recipe
         self.world = world
@@ -48,7 +82,7 @@ class Report:
         self.digest = manifest_digest
         self.steps = steps
         self.start = 0
-        self.run: run_dir.RunDir | None = None
+        self.run = run
         self._jsonl: loggers.JsonlLogger | None = None
         self._tensorboard: loggers.TensorBoardLogger | None = None
         self._validations: loggers.JsonlLogger | None = None
@@ -59,8 +93,7 @@ class Report:
         self._began = time.monotonic()
 
     def __enter__(self) -> Report:
-        if self.world.first:
-            self.run = run_dir.RunDir.reopen(self.spec.out) if self.spec.resume else run_dir.RunDir.create(self.spec.out)
+        if self.run is not None:
             if not self.spec.resume:
                 self.run.write_config(spec_to_json(self.spec, self.digest))
             if self.run.note:
@@ -75,8 +108,6 @@ class Report:
         for logger in (self._jsonl, self._tensorboard, self._validations):
             if logger is not None:
                 logger.close()
-        if self.run is not None:
-            self.run.close()
 
     def begin(self, block: list[tuple[str, str]], start: int) -> None:
         """Say what runs, and open the loggers behind the `start` steps that are done."""
@@ -95,6 +126,7 @@ class Report:
         )
         if self.run is None:
             return
+        self._warn_of_missing(rows, start)
         self.run.write_env(run_dir.environment(device, kernel_choices(device), self.world.size))
         self._jsonl = loggers.JsonlLogger(self.run.metrics, start)
         self._tensorboard = loggers.TensorBoardLogger(self.run.tensorboard, start)
@@ -107,15 +139,41 @@ class Report:
         return self.spec.out / "validation.jsonl"
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the rows logged so far."""
-        return loggers.read_rows(self.spec.out / "metrics.jsonl")
+        """Return the rows logged so far, without lines that somebody has damaged."""
+        return [row for row in loggers.read_rows(self.spec.out / "metrics.jsonl") if is_row(row)]
+
+    def validations(self) -> list[pictures.Validation]:
+        """Return the losses of held-out clips so far, without lines that somebody has damaged."""
+        names = [field.name for field in dataclasses.fields(pictures.Validation)]
+        rows = loggers.read_rows(self._validation_path)
+        return [
+            pictures.Validation(**{name: row[name] for name in names}) for row in rows if is_validation(row)
+        ]
+
+    def _due(self, step: int) -> bool:
+        """Whether a row is logged after `step` steps, the last one aside."""
+        every = self.recipe.train.log_every or (1 if self.steps <= SHORT_RUN else LONG_RUN_EVERY)
+        return step <= ALWAYS_LOGGED or step % every == 0
+
+    def _warn_of_missing(self, rows: list[dict[str, Any]], start: int) -> None:
+        """Name the rows up to step `start` that are not in the files: nothing depends on them but the curves."""
+        wanted = {step for step in range(1, start + 1) if self._due(step)}
+        validated = {step for step in (0, (self.steps + 1) // 2, self.steps) if step <= start}
+        for name, missing in (
+            ("metrics.jsonl", wanted - {row["step"] for row in rows}),
+            (self._validation_path.name, validated - {v.step for v in self.validations()}),
+        ):
+            if start and missing:
+                self.console.warn(
+                    f"{name}: {len(missing)} rows up to step {start} are missing or damaged, the first that of step "
+                    f"{min(missing)}; curves and summary do without them."
+                )
 
     def stepped(self, done: int, result: StepResult, loader: Loader, last: bool) -> None:
         """Take in a finished step, and log it where a row is due. Raises RunError when training has broken down."""
         assert self._meter is not None
         self._meter.add(result, loader.wait_seconds)
-        every = self.recipe.train.log_every or (1 if self.steps <= SHORT_RUN else LONG_RUN_EVERY)
-        if not (last or done <= ALWAYS_LOGGED or done % every == 0):
+        if not (last or self._due(done)):
             return
         row = self._meter.row(done)
         if result.baseline:
@@ -169,7 +227,9 @@ class Report:
             return
         lengths = (frames,) * MAP_PLANS
         none = torch.zeros(0, self.recipe.frontend.n_mels)
-        spectrogram = Spectrogram(none, lengths, cumulative(lengths, torch.int64, "cpu"), torch.arange(MAP_PLANS))
+        spectrogram = Spectrogram(
+            none, lengths, cumulative(lengths, torch.int64, "cpu"), torch.arange(MAP_PLANS)
+        )
         plan = self.recipe.masking.plan(
             self.recipe.grid.layout(spectrogram), StepKey.make(self.recipe.seed, 0, "cpu")
         )
@@ -185,16 +245,15 @@ class Report:
         )
         pictures.save(figure, self.run.pictures / "mask_rate.png")
 
-    def finish(self, done: int, bad: int, notes: Mapping[str, int], summary_json: Path | None) -> None:
-        """Draw the curves, write the summary and say how the run ended."""
+    def finish(
+        self, done: int, bad: Sequence[BadClip], notes: Mapping[str, int], summary_json: Path | None
+    ) -> None:
+        """Draw the curves, write the summary and say how the run ended. bad: clips left out or replaced."""
         if self.run is None:
             return
         self.console.close()
         rows = self.rows()
-        validations = [
-            pictures.Validation(**{f.name: row[f.name] for f in dataclasses.fields(pictures.Validation)})
-            for row in loggers.read_rows(self._validation_path)
-        ]
+        validations = self.validations()
         if rows:
             title = f"{self.recipe.name}, {self.recipe.size}, {self.recipe.train.steps or done} steps"
             pictures.save(pictures.loss_figure(rows, validations, title), self.run.pictures / "loss.png")
@@ -203,7 +262,7 @@ class Report:
         summary |= {
             "recipe": self.recipe.name,
             "size": self.recipe.size,
-            "bad_clips": bad,
+            "bad_clips": [dataclasses.asdict(clip) for clip in bad],
             "clip_notes": dict(notes),
             "seconds": time.monotonic() - self._began,
         }
@@ -211,6 +270,26 @@ class Report:
         if summary_json is not None:
             run_dir.write_json(summary_json, summary)
         self.console.finish(ending(summary, self.run.path))
+
+
+def is_number(value: Any, *, or_null: bool = False) -> bool:
+    """Whether a value of a row is a number, or the null that stands for NaN."""
+    return (or_null and value is None) or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def is_row(row: Mapping[str, Any]) -> bool:
+    """Whether a line of metrics.jsonl is as this class writes it."""
+    return all(is_number(row.get(name)) for name in ("step", "elapsed_s", "peak_memory_gib")) and all(
+        is_number(value, or_null=True) for name, value in {"loss": "", **row}.items() if name != "nonfinite"
+    )
+
+
+def is_validation(row: Mapping[str, Any]) -> bool:
+    """Whether a line of validation.jsonl is as this class writes it."""
+    parts = [row.get("parts"), row.get("baseline_parts")]
+    numbers = [row.get(name) for name in ("step", "loss", "baseline")]
+    numbers += [value for part in parts if isinstance(part, dict) for value in part.values()]
+    return all(isinstance(part, dict) for part in parts) and all(map(is_number, numbers))
 
 
 def summarise(
@@ -234,7 +313,9 @@ def summarise(
         "data_wait_share": median_of(rows, "data_wait_share"),
         "peak_memory_gib": max((row["peak_memory_gib"] for row in rows), default=None),
     }
-    for name in sorted({name for row in last for name in row if name.startswith("loss_") and name != "loss_max"}):
+    for name in sorted(
+        {name for row in last for name in row if name.startswith("loss_") and name != "loss_max"}
+    ):
         part = name.removeprefix("loss_")
         summary[f"first_{part}"] = mean_of(first, name)
         summary[f"last_{part}"] = mean_of(last, name)
@@ -274,7 +355,12 @@ def ending(summary: Mapping[str, Any], path: Path) -> list[tuple[str, str]]:
             )
         )
     if summary["bad_clips"]:
-        lines.append(("bad clips", f"{summary['bad_clips']}, each named above and replaced by another"))
+        lines.append(
+            (
+                "bad clips",
+                f"{len(summary['bad_clips'])}, left out or replaced by others; summary.json names them",
+            )
+        )
     for note, count in summary["clip_notes"].items():
         lines.append(("clips", f"{count} {note}"))
     lines.append(("run", json.dumps(str(path))[1:-1]))

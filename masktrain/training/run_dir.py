@@ -16,7 +16,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -28,7 +27,7 @@ import torch
 import masktrain
 from masktrain.errors import ConfigError, MasktrainError
 from masktrain.kernels._dispatch import Choice
-from masktrain.training.storage import write_failed
+from masktrain.training.storage import encode_json, write_atomic
 
 CONFIG = "config.json"
 LOCK = ".lock"
@@ -222,26 +221,10 @@ def _unusable(option: str, path: Path, error: OSError) -> MasktrainError:
 # --- files ---
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or, after any failure, as it was before. Raises RunError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise write_failed(path.name, path.parent, error) from error
-
-
 def write_json(path: Path, data: Any) -> None:
     """Write data as JSON in the way of `write_atomic`; numbers that JSON has not become null, see
     `finite`."""
-    write_atomic(path, json.dumps(finite(data), allow_nan=False, indent=1).encode() + b"\n")
+    write_atomic(path, encode_json(finite(data)) + b"\n")
 
 
 def finite(data: Any) -> Any:

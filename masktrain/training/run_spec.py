@@ -4,18 +4,20 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from masktrain import __version__
-from masktrain.config import from_dict, to_dict
+from masktrain.config import flatten, from_dict, to_dict
 from masktrain.errors import CheckpointError, ConfigError
 from masktrain.training.recipe import Recipe
 
 CONFIG = "config.json"
 # fields that change how fast a run goes and nothing else: a resumed run may have other ones
 SAME_RUN = ("data.workers", "data.prefetch")
+TOO_LARGE = 1 << 53
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,13 @@ def same_run(field: str) -> bool:
     return field in SAME_RUN
 
 
+def check_whole_numbers(recipe: Recipe) -> None:
+    """Raise ConfigError for a whole number that no tensor size could be."""
+    for name, value in flatten(recipe).items():
+        if isinstance(value, int) and abs(value) >= TOO_LARGE:
+            raise ConfigError(f"{name}: must be under 2^53; received {str(value)[:40]}.")
+
+
 def spec_to_json(spec: RunSpec, manifest_digest: str) -> dict[str, Any]:
     """Return what config.json holds."""
     return {
@@ -54,9 +63,9 @@ def spec_to_json(spec: RunSpec, manifest_digest: str) -> dict[str, Any]:
 
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise ConfigError(f"--resume {folder}: no such folder.")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ConfigError(f"--resume {folder}: holds no {CONFIG}, so no run was started there.")
     try:
         stored = json.loads(path.read_text())
@@ -82,8 +91,10 @@ def read_spec(folder: Path) -> RunSpec:
             resume=True,
             notes=(),
         )
-    except (KeyError, TypeError, ConfigError) as error:
-        raise CheckpointError(f"{folder / CONFIG}: does not describe a run: {error} Restore it, or start a new run.") from error
+    except (KeyError, TypeError, OverflowError, ConfigError) as error:
+        raise CheckpointError(
+            f"{folder / CONFIG}: does not describe a run: {error} Restore it, or start a new run."
+        ) from error
 
 
 def stored_manifest_digest(folder: Path) -> str:

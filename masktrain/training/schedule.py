@@ -135,14 +135,3 @@ def scale_horizon(count: int, published: int, steps: int) -> int:
     At least 1 where the published count is: a warm-up stays one.
     """
     return max((2 * count * steps + published) // (2 * published), min(count, 1))
-
-
-def scale_ema(decay: float, published: int, steps: int) -> float:
-    """Return the EMA decay with which `steps` updates forget as much as `published` ones do with `decay`.
-
-    That is decay^(published / steps), but not below 0.99 (nor below `decay`, where that is lower): a teacher
-    that follows its student at once teaches nothing.
-    """
-    if not 0 <= decay <= 1:
-        raise ConfigError(f"ema decay: must lie in [0, 1]; received {decay}.")
-    return max(min(decay, 0.99), decay ** (published / steps))

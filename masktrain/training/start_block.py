@@ -50,7 +50,9 @@ def start_block(trainer: Trainer) -> list[tuple[str, str]]:
     per_rank = batch // world.size // recipe.train.accumulation
     layout = f"{world.size} ranks x {recipe.train.accumulation} micro-batches of {per_rank}"
     parameters = sum(p.numel() for p in model.parameters())
-    held = f", {len(trainer.held_out)} held out" if len(trainer.held_out) else ", none held out (under 20 clips)"
+    held = (
+        f", {len(trainer.held_out)} held out" if len(trainer.held_out) else ", none held out (under 20 clips)"
+    )
     lines = [
         ("recipe", f"{recipe.name}, size {recipe.size} ({recipe.paper})"),
         ("device", _device_line(world)),
@@ -64,7 +66,10 @@ def start_block(trainer: Trainer) -> list[tuple[str, str]]:
         *(("schedule", line) for line in trainer.schedule.describe()),
         ("optimiser", recipe.optim.describe(batch)),
         ("parameters", f"{parameters / 1e6:.2f} M"),
-        ("memory", expected_memory(model, activation_bytes(model, _typical_tokens(trainer), per_rank)).describe()),
+        (
+            "memory",
+            expected_memory(model, activation_bytes(model, _typical_tokens(trainer), per_rank)).describe(),
+        ),
     ]
     for choice in kernel_choices(world.device):
         why = "; ".join(f"{name} not: {reason}" for name, reason in choice.passed_over)
@@ -106,4 +111,6 @@ def _typical_tokens(trainer: Trainer) -> int:
     if trainer.recipe.data.clip_seconds is not None:
         seconds = min(seconds, trainer.recipe.data.clip_seconds)
     frontend = trainer.recipe.frontend
-    return trainer.recipe.grid.tokens(frontend.frames_for(int(seconds * frontend.sample_rate), frontend.sample_rate))
+    return trainer.recipe.grid.tokens(
+        frontend.frames_for(int(seconds * frontend.sample_rate), frontend.sample_rate)
+    )

@@ -7,22 +7,27 @@ checkpoint and computes the same from there on.
 
 from __future__ import annotations
 
+import os
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
+from masktrain.config import differences, from_dict, to_dict
+from masktrain.data.bad_clips import BadClips
 from masktrain.data.loader import Loader, make_loader
 from masktrain.data.manifest import Manifest
 from masktrain.data.order import check_shards
-from masktrain.errors import CheckpointError, ConfigError
+from masktrain.errors import CheckpointError, ConfigError, DataError, RunError
 from masktrain.models import registry
 from masktrain.training import checkpoint, corpus, distributed, optim, precision, schedule
 from masktrain.training.console import Console
 from masktrain.training.recipe import Recipe
-from masktrain.training.report import Report
+from masktrain.training.report import Report, run_folder
+from masktrain.training.run_dir import RunDir
 from masktrain.training.run_spec import RunSpec, stored_manifest_digest
 from masktrain.training.start_block import differences_at_resume, environment, start_block
 from masktrain.training.step import Step
@@ -35,22 +40,40 @@ CALIBRATION_STEPS = 6
 def train(spec: RunSpec, summary_json: Path | None = None) -> None:
     """Run a recipe to its end, or until it is asked to stop. Raises MasktrainError for what the user can act on."""
     world = distributed.join(spec.device)
+    console = Console(enabled=world.first)
     try:
-        with StopRequest() as stop:
-            Trainer(spec, world).fit(stop, summary_json)
+        # a default name holds the time: the first rank's serves all
+        spec = replace(spec, out=Path(str(world.gather_objects(str(spec.out))[0])))
+        with corpus.log_lines(console), run_folder(spec, world) as folder:
+            trainer = Trainer(spec, world, console)
+            with StopRequest() as stop:
+                trainer.fit(folder, stop, summary_json)
+    except (RuntimeError, MemoryError) as error:
+        if not _out_of_memory(error):
+            raise
+        raise RunError(
+            f"Not enough memory ({str(error).splitlines()[0][:200]}). Take a smaller --batch-size or --size, shorter "
+            "clips (--data.clip-seconds), or more --train.accumulation."
+        ) from error
     finally:
         distributed.leave()
+
+
+def _out_of_memory(error: Exception) -> bool:
+    told = ("DefaultCPUAllocator", "Storage size calculation overflowed")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in told)
 
 
 class Trainer:
     """One run on one rank of the world."""
 
-    def __init__(self, spec: RunSpec, world: distributed.World) -> None:
+    def __init__(self, spec: RunSpec, world: distributed.World, console: Console) -> None:
         check_shards(spec.recipe.batch_size, world.size, spec.recipe.train.accumulation)
         self.world = world
-        self.console = Console(enabled=world.first)
+        self.console = console
         self.precision = precision.choose(spec.recipe.train.precision, world.device)
-        manifest = corpus.read_corpus(spec.data, world, self.console)
+        # clips that no record of a training loader holds: left out at the start, or held out and bad
+        manifest, self.other_bad = corpus.read_corpus(spec.data, world, self.console)
         self.digest = manifest.digest
         if spec.resume and stored_manifest_digest(spec.out) != self.digest:
             raise ConfigError(
@@ -78,9 +101,7 @@ class Trainer:
             recipe, model, optim.build(model, recipe.optim, resolved.lr), resolved, self.world, self.precision
         )
 
-    def _new_loader(
-        self, manifest: Manifest, recipe: Recipe, world: distributed.World
-    ) -> tuple[Loader, str]:
+    def _new_loader(self, manifest: Manifest, recipe: Recipe, world: distributed.World) -> tuple[Loader, str]:
         frontend = recipe.frontend
         return make_loader(
             manifest,
@@ -121,27 +142,56 @@ class Trainer:
 
     def _init_from(self, path: Path) -> None:
         """Load the weights of a run folder's newest checkpoint, or of one checkpoint folder."""
-        folder = path
-        if (path / "checkpoints").is_dir():
+        if os.path.isdir(path / "checkpoints"):
             found = checkpoint.latest(path / "checkpoints")
-            if found.path is None:
-                raise CheckpointError(f"--init-from {path}: holds no valid checkpoint. {' '.join(found.damaged)}")
-            folder = found.path
-        elif not path.is_dir():
-            raise CheckpointError(f"--init-from {path}: no such folder; name a run or one of its checkpoints.")
-        checkpoint.load_model(self.step.model, checkpoint.load(folder).tensors.get("model", {}))
-
-    def fit(self, stop: StopRequest, summary_json: Path | None) -> None:
-        """Train to the end, save, and write pictures and summary."""
+            if found.checkpoint is None:
+                raise CheckpointError(
+                    f"--init-from {path}: holds no valid checkpoint. {' '.join(found.damaged)}"
+                )
+            saved = found.checkpoint
+        elif os.path.isdir(path):
+            saved = checkpoint.load(path)
+        else:
+            raise CheckpointError(
+                f"--init-from {path}: no such folder; name a run or one of its checkpoints."
+            )
         try:
-            with Report(self.spec, self.world, self.console, self.digest, self.steps) as report:
+            recipe = from_dict(Recipe, saved.data["recipe_config"], "recipe")
+        except (KeyError, TypeError, OverflowError, ConfigError) as error:
+            raise CheckpointError(
+                f"--init-from {path}: does not say what it was trained on ({error})."
+            ) from error
+        # the same shapes may stand for other things: 16 x 16 patches and frames of 128 bins in pairs, say
+        differing = [
+            f"{part}.{name}: the weights have {theirs}, this run {ours}"
+            for part in ("frontend", "tokens")
+            for name, theirs, ours in differences(getattr(recipe, part), getattr(self.recipe, part))
+        ]
+        if differing:
+            raise CheckpointError(
+                f"--init-from {path}: the weights of {recipe.name} were trained on another input. "
+                f"{'; '.join(differing)}. Give this run the same values, or start without --init-from."
+            )
+        try:
+            checkpoint.load_model(self.step.model, saved.tensors.get("model", {}))
+        except CheckpointError as error:
+            raise CheckpointError(f"--init-from {path}: {error}") from error
+        self.console.note(f"Weights of {recipe.name} after {saved.step} steps, from {saved.path}.")
+
+    def fit(self, folder: RunDir | None, stop: StopRequest, summary_json: Path | None) -> None:
+        """Train to the end, save, and write pictures and summary. folder: the run's, on the first rank."""
+        try:
+            with Report(self.spec, folder, self.world, self.console, self.digest, self.steps) as report:
                 start = self._resume() if self.spec.resume else 0
                 report.begin(start_block(self), start)
                 saver = checkpoint.AsyncSaver(self.spec.out / "checkpoints", self.recipe.train.keep_last)
                 with saver:
                     done = self._steps(report, saver, stop, start)
-                notes = {text: count for text, (count, _) in self.loader.bad.notes().items()}
-                report.finish(done, len(self.loader.bad), notes | self.loader.passed_on(), summary_json)
+                record = self._record()[0]
+                notes = Counter({text: count for text, (count, _) in record.notes().items()})
+                for passed_on in self.world.gather_objects(self.loader.passed_on()):
+                    notes.update(cast(dict[str, int], passed_on))
+                report.finish(done, [*self.other_bad, *record.bad()], notes, summary_json)
         finally:
             self.loader.close()
 
@@ -170,13 +220,26 @@ class Trainer:
                 break
         return done
 
+    def _record(self) -> tuple[BadClips, list[Any]]:
+        """Return the record of bad clips of all ranks, and the state of each. Raises DataError for too many."""
+        states: list[Any] = self.world.gather_objects(self.loader.bad.state())
+        record = BadClips(self.manifest)
+        for state in states:
+            record.load_state(state)
+        return record, states
+
     def _validator(self) -> Validator:
-        """Read the held-out clips once; where none are held out, a batch of the training clips."""
-        clips = self.held_out if len(self.held_out) else self.manifest
+        """Read the held-out clips once; where there are none that can be used, a batch of the training clips."""
+        if len(self.held_out):
+            try:
+                return self._read_validator(self.held_out)
+            except DataError as error:
+                self.console.warn(f"clips of the training stand in for those held out: {error}")
+        return self._read_validator(self.manifest)
+
+    def _read_validator(self, clips: Manifest) -> Validator:
         batch = min(len(clips), self.recipe.batch_size)
-        recipe = replace(
-            self.recipe, batch_size=batch, train=replace(self.recipe.train, accumulation=1)
-        )
+        recipe = replace(self.recipe, batch_size=batch, train=replace(self.recipe.train, accumulation=1))
         alone = replace(self.world, rank=0, size=1)
         loader, _ = self._new_loader(clips, recipe, alone)
         try:
@@ -184,16 +247,19 @@ class Trainer:
             audio = [micro for _, step in steps for micro in step]
         finally:
             loader.close()
+        if clips is self.held_out:
+            self.other_bad += loader.bad.bad()
         names = [clips.path(row) for row in range(len(clips))]
         return Validator(self.step, audio, names, self.recipe.train.pictures)
 
     def _save(self, saver: checkpoint.AsyncSaver, done: int) -> None:
-        bad = self.world.gather_objects(self.loader.bad.state())
+        bad = self._record()[1]
         if not self.world.first:
             return
         tensors, groups = checkpoint.optimizer_state(self.step.optimizer)
         data: dict[str, Any] = {
             "recipe": self.recipe.name,
+            "recipe_config": to_dict(self.recipe),
             "manifest_digest": self.digest,
             "optimizer_groups": groups,
             "loss_scale": self.step.scaler.state_dict() if self.step.scaler else None,
@@ -212,7 +278,8 @@ class Trainer:
         found = checkpoint.latest(root)
         for reason in found.damaged:
             self.console.warn(f"passed over: {reason}")
-        if found.path is None:
+        saved = found.checkpoint
+        if saved is None:
             if found.damaged:
                 raise CheckpointError(
                     f"--resume {self.spec.out}: no valid checkpoint is left. {' '.join(found.damaged)} "
@@ -220,14 +287,13 @@ class Trainer:
                 )
             self.console.note("No checkpoint was saved yet: the run starts from its beginning.")
             return 0
-        saved = checkpoint.load(found.path)
         if saved.data.get("recipe") != self.recipe.name:
             raise CheckpointError(
-                f"{found.path}: was written by the recipe {saved.data.get('recipe')!r}, and this run's is "
+                f"{saved.path}: was written by the recipe {saved.data.get('recipe')!r}, and this run's is "
                 f"{self.recipe.name!r}. Start a new run with --init-from for the weights that fit."
             )
         if saved.step > self.steps:
-            raise CheckpointError(f"{found.path}: is at step {saved.step} of a run of {self.steps} steps.")
+            raise CheckpointError(f"{saved.path}: is at step {saved.step} of a run of {self.steps} steps.")
         try:
             checkpoint.load_model(self.step.model, saved.tensors["model"])
             checkpoint.load_optimizer(
@@ -240,10 +306,9 @@ class Trainer:
             self.loader.bad.load_state(own)
             changed = differences_at_resume(saved.data["environment"], environment(self.world))
         except (KeyError, TypeError, IndexError) as error:
-            raise CheckpointError(f"{found.path}: lacks a part of a run's state ({error}).") from error
+            raise CheckpointError(f"{saved.path}: lacks a part of a run's state ({error}).") from error
         for line in changed:
             self.console.warn(f"{line}. The run goes on, but not bit for bit as it would have.")
         optim.check_updates(self.step.optimizer, saved.step, self.step.skipped)
-        self.console.note(f"Resumed at step {saved.step} of {self.steps} from {found.path.name}.")
+        self.console.note(f"Resumed at step {saved.step} of {self.steps} from {saved.path.name}.")
         return saved.step
-

@@ -4,18 +4,22 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import runs
 from masktrain.config import differences, flatten, from_dict, to_dict
 from masktrain.errors import ConfigError, MasktrainError
 from masktrain.recipes import RECIPES, SIZES, find
 from masktrain.training.recipe import Recipe
+
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def test_help_lists_the_commands_and_is_quick() -> None:
@@ -53,6 +57,39 @@ def test_help_lists_the_commands_and_is_quick() -> None:
         (["run", "--recipe", "mae_ast_frame", "--data", "/nowhere/at/all.csv"], "/nowhere/at/all.csv"),
         (["run"], "--recipe"),
         (["run", "--resume", "/nowhere"], "no such folder"),
+        (["run", "--recipe", "mae_ast_frame", "stray"], "'stray' is no option"),
+        (["run", "--recipe", "mae_ast_frame", "--data"], "expected one value"),
+        (["run", "--recipe", "mae_ast_frame", "--data", ""], "empty path"),
+        (["run", "--recipe", "mae_ast_frame", "--steps", "1e3"], "a whole number"),
+        (["run", "--recipe", "mae_ast_frame", "--batch-size", "10000000"], "at most"),
+        (["run", "--recipe", "mae_ast_frame", "--train.steps", "3"], "'--steps'"),
+        (["run", "--recipe", "mae_ast_frame", "--mask_ratio", "0.5"], "'--masking.mask-ratio'"),
+        (
+            ["run", "--recipe", "mae_ast_frame", "--data.crop-to-batch-min", "maybe"],
+            "--data.no-crop-to-batch-min",
+        ),
+        (["run", "--recipe", "mae_ast_frame", "--optim.betas", "0.9"], "2 values"),
+        (["run", "--recipe", "mae_ast_frame", "--optim.betas", "0.9", "0.98", "1"], "2 values"),
+        (["run", "--recipe", "mae_ast_frame", "--optim.betas", "0.9", "two"], "a number"),
+        (["run", "--recipe", "mae_ast_frame", "--optim.lr", "-1e-3"], "above 0"),
+        (["run", "--recipe", "mae_ast_frame", "--model.embed-dim", "1" + "0" * 30], "under 2^53"),
+        (["run", "--recipe", "mae_ast_frame", "--model.norm", "rms"], "post, pre"),
+        (
+            ["run", "--recipe", "mae_ast_frame", "--precision", "fp32", "--train.precision", "bf16"],
+            "one of them",
+        ),
+        (["run", "--recipe", "mae_ast_frame", "--loss", "3"], "no option '--loss'"),
+        (["run", "--recipe", "mae_ast_frame", "-x", "3"], "no option '-x'"),
+        (["recipes", "list", "mae_ast_frame"], "expected 0 names"),
+        (["recipes", "show", "mae_ast_frame:tyni"], "tiny"),
+        (["recipes", "diff", "mae_ast_frame"], "expected 2 names"),
+        (["recipes", "show", "mae_ast_frame", "--jsn", "x"], "--json"),
+        (["doctor", "now"], "'now' is no option"),
+        (["data", "stats", "/nowhere", "--frontend", "mae_ats"], "mae_ast"),
+        (["data", "stats", "/nowhere", "--seed", "-1"], "2^48"),
+        (["data", "index", "/nowhere"], "--out"),
+        (["data", "index", "-o", "/tmp/x.tsv"], "no path"),
+        (["data", "demo", "-o", "/proc/demo"], "/proc/demo"),
         (["recipes", "shwo", "mae_ast_frame"], "show"),
         (["recipes", "show", "mae_ast"], "mae_ast_frame"),
         (["data", "indx"], "index"),
@@ -60,11 +97,53 @@ def test_help_lists_the_commands_and_is_quick() -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_mistake_is_one_message_and_status_2(arguments: list[str], named: str) -> None:
-    done = runs.masktrain(*arguments)
+def test_a_mistake_is_one_message_and_status_2(cli: Cli, arguments: list[str], named: str) -> None:
+    done = cli(*arguments)
     assert done.returncode == 2, done.stdout + done.stderr
-    assert named in done.stderr
-    assert "Traceback" not in done.stderr
+    message = [line for line in done.stderr.splitlines() if not line.startswith(("note: --", "usage:", " "))]
+    assert message[0].startswith("masktrain: ") and named in done.stderr
+
+
+def test_a_mistake_ends_the_process_with_status_2() -> None:
+    done = runs.masktrain("run", "--recipe", "mae_ast_frame", "--size", "tny")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert (
+        done.stderr
+        == "masktrain: --size: no choice 'tny'. Did you mean 'tiny'? Allowed: tiny, small, base.\n"
+    )
+
+
+def test_the_last_of_an_option_counts_and_is_noted(cli: Cli, tmp_path: Path, good: Path) -> None:
+    out = tmp_path / "run"
+    more = ["--data", good, "--out", out, "--steps", "3", "--steps=2", "--masking.mask_ratio", ".5"]
+    done = cli("run", "--recipe", "mae_ast_frame", *runs.SMALL, *more, "--masking.mask-ratio", "0.6")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines() == [
+        "note: --steps was given 2 times; the last one counts.",
+        "note: --masking.mask-ratio was given 2 times; the last one counts.",
+    ]
+    stored = json.loads((out / "config.json").read_text())["recipe"]
+    assert stored["train"]["steps"] == 2 and stored["masking"]["mask_ratio"] == 0.6
+
+
+def test_fields_of_another_masking_strategy_can_be_set(cli: Cli, tmp_path: Path, good: Path) -> None:
+    out = tmp_path / "run"
+    more = ["--data", good, "--out", out, "--steps", "1", "--masking", "chunk", "--masking.growth", "wrap"]
+    done = cli(
+        "run",
+        "--recipe",
+        "mae_ast_frame",
+        *runs.SMALL,
+        *more,
+        "--optim.lr",
+        "1e-3",
+        "--data.clip-seconds",
+        "none",
+    )
+    assert done.returncode == 0, done.stderr
+    stored = json.loads((out / "config.json").read_text())["recipe"]
+    assert (stored["masking"]["type"], stored["masking"]["growth"]) == ("ChunkMasking", "wrap")
+    assert stored["masking"]["mask_ratio"] == 0.75 and stored["data"]["clip_seconds"] is None
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -83,18 +162,22 @@ def test_sizes_change_model_batch_and_rate_only(name: str) -> None:
     for size in SIZES[:-1]:
         changed = {field for field, _, _ in differences(find(name, "base"), find(name, size))}
         assert changed
-        assert all(f.startswith("model.") or f in ("size", "batch_size", "optim.lr") for f in changed), changed
+        assert all(f.startswith("model.") or f in ("size", "batch_size", "optim.lr") for f in changed), (
+            changed
+        )
 
 
-def test_show_and_diff_report_every_value(tmp_path: Path) -> None:
-    done = runs.masktrain("recipes", "show", "mae_ast_patch:tiny", "--json", tmp_path / "show.json")
+def test_show_and_diff_report_every_value(cli: Cli, tmp_path: Path) -> None:
+    done = cli("recipes", "show", "mae_ast_patch:tiny", "--json", tmp_path / "show.json")
     assert done.returncode == 0, done.stderr
     shown = json.loads((tmp_path / "show.json").read_text())
     assert shown == json.loads(json.dumps(to_dict(find("mae_ast_patch", "tiny"))))
     for field in flatten(find("mae_ast_patch", "tiny")):
         if field not in ("type", "readings"):
             assert field in done.stdout
-    done = runs.masktrain("recipes", "diff", "mae_ast_frame", "mae_ast_patch", "--json", tmp_path / "diff.json")
+    done = runs.masktrain(
+        "recipes", "diff", "mae_ast_frame", "mae_ast_patch", "--json", tmp_path / "diff.json"
+    )
     assert done.returncode == 0, done.stderr
     fields = {row["field"] for row in json.loads((tmp_path / "diff.json").read_text())}
     assert {"tokens.patch_time", "masking.type"} <= fields
@@ -111,7 +194,12 @@ def test_published_values_of_mae_ast() -> None:
         assert recipe.masking.mask_ratio == 0.75
         assert recipe.input_norm.factor == 0.5
         model = recipe.model
-        assert (model.encoder_layers, model.decoder_layers, model.embed_dim, model.ffn_dim) == (12, 2, 768, 3072)
+        assert (model.encoder_layers, model.decoder_layers, model.embed_dim, model.ffn_dim) == (
+            12,
+            2,
+            768,
+            3072,
+        )
         assert (model.heads, model.norm) == (12, "post")
         assert (model.dropout, model.attention_dropout, model.activation_dropout) == (0.1, 0.1, 0.0)
         assert (model.dropout_input, model.encoder_layerdrop, model.decoder_layerdrop) == (0.1, 0.05, 0.0)
@@ -159,8 +247,8 @@ def test_any_damage_to_a_stored_recipe_is_a_config_error(data: st.DataObject) ->
         assert isinstance(rebuilt, Recipe)
 
 
-def test_doctor_names_what_serves(tmp_path: Path) -> None:
-    done = runs.masktrain("doctor", "--json", tmp_path / "doctor.json")
+def test_doctor_names_what_serves(cli: Cli, tmp_path: Path) -> None:
+    done = cli("doctor", "--json", tmp_path / "doctor.json")
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "doctor.json").read_text())
     ops = {row["op"] for row in report["ops"]}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from masktrain.kernels import _native
 from masktrain.kernels._testing import check_op, poisoned_memory
-from masktrain.kernels.dropout import attention_keep, attention_keep_padded, dropout
+from masktrain.kernels.dropout import attention_keep_padded, dropout
 from masktrain.kernels.dropout.reference import keep_scale
 from masktrain.kernels.philox import Purpose, host_words
 
@@ -323,15 +323,8 @@ def test_attention_bits_of_every_instruction_set(
     options = {"site": 65535, "dtype": dtype}
     with poisoned_memory():
         padded = attention_keep_padded(lengths, 3, 0.2, key(), clips, **options, implementation="native")
-        packed, offsets = attention_keep(lengths, 3, 0.2, key(), clips, **options, implementation="native")
     expected = attention_keep_padded(lengths, 3, 0.2, key(), clips, **options, implementation="reference")
     assert padded.dtype == dtype and torch.equal(padded, expected)
-    assert torch.equal(
-        packed, attention_keep(lengths, 3, 0.2, key(), clips, **options, implementation="reference")[0]
-    )
-    assert len(packed) == offsets[-1]
-    for b, n in enumerate(lengths):
-        assert torch.equal(packed[offsets[b] : offsets[b + 1]].view(3, n, n), expected[b, :, :n, :n])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -376,9 +369,8 @@ def test_attention_multipliers_in_low_precision_are_rounded_ones(dtype: torch.dt
 def test_opcheck(n: int) -> None:
     x = torch.randn(n, 13, requires_grad=True)
     torch.library.opcheck(torch.ops.masktrain.dropout.default, (x, 20000, key(), *rows(n), 4))
-    for padded in (False, True):
-        arguments = ((3, n), 2, 20000, key(), torch.arange(2), 4, torch.float32, padded)
-        torch.library.opcheck(torch.ops.masktrain.attention_keep.default, arguments)
+    arguments = ((3, n), 2, 20000, key(), torch.arange(2), 4, torch.float32)
+    torch.library.opcheck(torch.ops.masktrain.attention_keep_padded.default, arguments)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -469,8 +461,6 @@ def test_wrong_arguments_of_attention_are_named(change: dict, error: type[Except
     }
     with pytest.raises(error, match=f"attention_keep_padded: {match}"):
         attention_keep_padded(**(arguments | change))
-    with pytest.raises(error, match=f"attention_keep: {match}"):
-        attention_keep(**(arguments | change))
 
 
 @needs_native

@@ -235,9 +235,9 @@ def test_neighbours_do_not_leak(spec: MelSpec) -> None:
 def test_chunks_do_not_matter(spec: MelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = (9000, 0, 300, 15_000)
     x = wave(sum(lengths)).float()
-    whole, _ = log_mel(x, lengths, spec)
+    whole, _ = log_mel(x, lengths, spec, implementation="reference")
     monkeypatch.setattr(reference, "CHUNK_FRAMES", {"cpu": 16})
-    assert torch.equal(log_mel(x, lengths, spec)[0], whole)
+    assert torch.equal(log_mel(x, lengths, spec, implementation="reference")[0], whole)
 
 
 @each_spec

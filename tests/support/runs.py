@@ -78,9 +78,8 @@ def tensors(run: Path) -> dict[str, bytes]:
     """Return the bytes of every tensor of the newest checkpoint, by group and name."""
     from masktrain.training import checkpoint
 
-    path = checkpoint.latest(run / "checkpoints").path
-    assert path is not None
-    saved = checkpoint.load(path)
+    saved = checkpoint.latest(run / "checkpoints").checkpoint
+    assert saved is not None
     return {
         f"{group}/{name}": bytes(tensor.contiguous().view(-1).numpy().tobytes())
         for group, values in saved.tensors.items()

@@ -87,6 +87,8 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
     assert newest(path.parent) == path
     manifest = json.loads((path / "manifest.json").read_text())
     assert (manifest["version"], manifest["layout"], manifest["step"]) == (1, "full", 1000)
+    (tmp_path / "other").touch()
+    assert {file.stat().st_mode for file in path.iterdir()} == {(tmp_path / "other").stat().st_mode}
 
 
 shapes = st.lists(st.integers(0, 4), max_size=3)
@@ -402,8 +404,8 @@ print(step, leftovers)
 
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     """After each SIGKILL the newest checkpoint is whole and not older than what was promised."""
-    step, leftovers = run_script(KILLED, str(tmp_path), "10", "7").split()
-    assert int(step) >= 7 and int(leftovers) >= 2
+    step, leftovers = run_script(KILLED, str(tmp_path), "6", "7").split()
+    assert int(step) >= 4 and int(leftovers) >= 1
 
 
 @pytest.mark.slow(covers=["masktrain/training/checkpoint.py", "masktrain/training/storage.py"])
@@ -421,7 +423,7 @@ def test_a_reader_beside_the_writer(tmp_path: Path) -> None:
     done = threading.Event()
 
     def write() -> None:
-        for step in range(2, 40):
+        for step in range(2, 15):
             save(tmp_path, step, *state_of(step), keep_last=1)
         done.set()
 

@@ -107,10 +107,28 @@ def test_cut_back_drops_what_is_no_row_and_takes_a_missing_file(tmp_path: Path) 
     path = tmp_path / "metrics.jsonl"
     cut_back(path, 3)
     assert not path.exists() and read_rows(path) == []
-    path.write_bytes(b'{"step": 1}\n\x00\x00\n[1]\n{"loss": 2}\n{"step": "x"}\n{"step": 2}\n')
+    path.write_bytes(
+        b'{"step": 1}\n\x00\x00\n[1]\n\xff\n{"loss": 2}\n{"step": "x"}\n{"step": 2}\n'
+        + b"[" * 100_000
+        + b"\n"
+    )
     assert [row["step"] for row in read_rows(path)] == [1, 2]
     cut_back(path, 1)
     assert path.read_bytes() == b'{"step": 1}\n'
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=st.lists(st.integers(0, 20), max_size=20), step=st.integers(0, 20), cut=st.integers(0, 40))
+def test_cut_back_at_any_byte(tmp_path: Path, steps: list[int], step: int, cut: int) -> None:
+    """However much of the last row was written, the whole rows up to the step stay, and nothing else."""
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": n, "loss": n / 3}).encode() + b"\n" for n in steps]
+    last = '{"step": 0, "text": "ä"}\n'.encode()
+    path.write_bytes(b"".join(lines) + last[:cut])
+    cut_back(path, step)
+    kept = [line for n, line in zip(steps, lines, strict=True) if n <= step]
+    assert path.read_bytes() == b"".join(kept) + (last if cut >= len(last) else b"")
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
 
 
 def log_beyond_the_limit(kind: str, folder: Path, answer: Connection) -> None:

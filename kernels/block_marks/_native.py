@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""block_marks by the native library, as one torch op: the bits of the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from masktrain.kernels import _native
+from masktrain.kernels.select_tokens._native import why_not as why_not
+
+_library = torch.library.Library("masktrain", "FRAGMENT")
+_library.define(
+    "block_marks(SymInt[] n_tokens, SymInt[] n_marked, Tensor counter, Tensor clip_ids, SymInt freq, "
+    "bool by_time, SymInt[] sides, bool clipped, bool only_first, bool spare_first, bool shared) -> Tensor"
+)
+
+
+def block_marks(
+    cu_tokens: Tensor,
+    n_tokens: tuple[int, ...],
+    n_marked: tuple[int, ...],
+    counter: Tensor,
+    clip_ids: Tensor,
+    *,
+    freq: int,
+    order: str,
+    sides: tuple[int, ...],
+    growth: str,
+    truncation: str,
+    spare_first: bool,
+    shared: bool,
+) -> Tensor:
+    """See op.py. The counts say where a clip lies; cu_tokens repeats them and is not read."""
+    return torch.ops.masktrain.block_marks(
+        n_tokens,
+        n_marked,
+        counter,
+        clip_ids,
+        freq,
+        order == "time",
+        sides,
+        growth == "clipped",
+        truncation == "first",
+        spare_first,
+        shared,
+    )
+
+
+@torch.library.impl(_library, "block_marks", "CPU")
+def _block_marks(
+    n_tokens: Sequence[int],
+    n_marked: Sequence[int],
+    counter: Tensor,
+    clip_ids: Tensor,
+    freq: int,
+    by_time: bool,
+    sides: Sequence[int],
+    clipped: bool,
+    only_first: bool,
+    spare_first: bool,
+    shared: bool,
+) -> Tensor:
+    counter, clip_ids = counter.contiguous(), clip_ids.contiguous()
+    cu_tokens, marked, draws = (torch.tensor(v) for v in ([0, *accumulate(n_tokens)], n_marked, sides))
+    out = torch.empty(sum(n_tokens), dtype=torch.uint8)
+    threads, border, longest = _native.threads(), max(sides) - 1, max(n_tokens, default=0)
+    columns = longest // freq
+    if clipped:
+        down = freq + border
+        starts = (columns + border) * down
+    else:
+        down, starts = freq if by_time else columns, longest
+    room = 32 + starts + border * (down + 1)
+    workspace = torch.empty(threads * 4 * room, dtype=torch.int64)
+    _native.require().mt_block_marks(
+        out.data_ptr(),
+        cu_tokens.data_ptr(),
+        marked.data_ptr(),
+        len(n_tokens),
+        counter.data_ptr(),
+        clip_ids.data_ptr(),
+        freq,
+        by_time,
+        draws.data_ptr(),
+        len(sides),
+        clipped,
+        only_first,
+        spare_first,
+        shared,
+        workspace.data_ptr(),
+        room,
+        threads,
+    )
+    return out
+
+
+@torch.library.register_fake("masktrain::block_marks", lib=_library)
+def _block_marks_fake(
+    n_tokens: Sequence[int], n_marked: Sequence[int], counter: Tensor, *_: object
+) -> Tensor:
+    return counter.new_empty(sum(n_tokens), dtype=torch.uint8)
