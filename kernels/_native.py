@@ -28,8 +28,8 @@ LEVELS = ("baseline", "AVX2", "AVX-512")
 
 _P, _I64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _F32, _F64 = ctypes.c_float, ctypes.c_double
-_LOG_MEL: list[type] = [_P, _P, _P, _P, _I64, _P, _I64, _P, _I64, _I64, _I64, _INT, _INT, _F64, _F64, _INT, _P, _P]
-_LOG_MEL += [_P, _I64, _INT, _F64, _F64, _F64, _P, _INT]
+_LOG_MEL: list[type] = [_P, _P, _P, _P, _I64, _P, _I64, _P, _I64, _I64, _I64, _INT, _INT, _F64, _F64]
+_LOG_MEL += [_INT, _P, _P, _P, _I64, _INT, _F64, _F64, _F64, _P, _INT]
 _PATCHES: list[type] = [_P, _I64, _I64, _P, _P, _I64, _P, _I64, _P, _P, _I64, _I64, _I64, _INT]
 # name -> (result, arguments), as in csrc/include/masktrain_c.h
 SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
@@ -45,8 +45,11 @@ SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "mt_log_mel_f32": (None, _LOG_MEL),
     "mt_log_mel_f64": (None, _LOG_MEL),
     "mt_mask_gather_f32": (None, [_P, *_PATCHES, _INT]),
+    "mt_mask_gather_f64": (None, [_P, *_PATCHES, _INT]),
     "mt_masked_patch_loss_f32": (None, [_P, _P, _P, *_PATCHES, _INT, _INT]),
     "mt_masked_patch_loss_grad_f32": (None, [_P, _P, _P, *_PATCHES, _INT, _INT]),
+    "mt_masked_patch_loss_f64": (None, [_P, _P, _P, *_PATCHES, _INT, _INT]),
+    "mt_masked_patch_loss_grad_f64": (None, [_P, _P, _P, *_PATCHES, _INT, _INT]),
     "mt_select_tokens": (None, [_P, _P, _P, _P, _I64, _P, _P, _P, _I64, _INT, _P, _I64, _INT]),
     "mt_block_marks": (
         None,

@@ -74,9 +74,9 @@ def not_unasked(x: Tensor, *_: Any) -> str | None:
 
 @torch.compiler.assume_constant_result
 def _why_not_cpu() -> str | None:
-    if MISSING is not None or INTERPRETED:
-        return MISSING
-    return "on the CPU Triton is interpreted only, and TRITON_INTERPRET=1 was not set when it was imported"
+    if INTERPRETED:
+        return None
+    return "the Triton kernels serve CUDA devices; TRITON_INTERPRET=1, set before the start, interprets them on the CPU"
 
 
 @torch.compiler.assume_constant_result

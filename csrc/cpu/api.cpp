@@ -88,55 +88,85 @@ void mt_attention_keep_f64(double* out, const int64_t* counter, const int64_t* c
           threads);
 }
 
-void mt_log_mel_f32(float* out, const float* samples, const int64_t* cu_samples, const int64_t* cu_frames, int64_t clips,
-                    const double* window, int64_t win_length, const double* roots, int64_t n_fft, int64_t hop,
-                    int64_t lead, int remove_mean, int remove_dc, double wave_preemphasis, double frame_preemphasis,
-                    int magnitude, const int64_t* first_bins, const int64_t* bins, const double* weights,
-                    int64_t n_mels, int floor, double eps, double offset, double divisor, double* workspace,
-                    int threads) {
+void mt_log_mel_f32(float* out, const float* samples, const int64_t* cu_samples, const int64_t* cu_frames,
+                    int64_t clips, const double* window, int64_t win_length, const double* roots, int64_t n_fft,
+                    int64_t hop, int64_t lead, int remove_mean, int remove_dc, double wave_preemphasis,
+                    double frame_preemphasis, int magnitude, const int64_t* first_bins, const int64_t* bins,
+                    const double* weights, int64_t n_mels, int floor, double eps, double offset, double divisor,
+                    double* workspace, int threads) {
   const LogMel spec = {window, win_length, roots, n_fft, hop, lead, remove_mean != 0, remove_dc != 0, magnitude != 0,
                        floor != 0, wave_preemphasis, frame_preemphasis, first_bins, bins, weights, n_mels, eps, offset,
                        divisor};
   MT_CALL(log_mel_f32, out, samples, cu_samples, cu_frames, clips, spec, workspace, threads);
 }
 
-void mt_log_mel_f64(float* out, const double* samples, const int64_t* cu_samples, const int64_t* cu_frames, int64_t clips,
-                    const double* window, int64_t win_length, const double* roots, int64_t n_fft, int64_t hop,
-                    int64_t lead, int remove_mean, int remove_dc, double wave_preemphasis, double frame_preemphasis,
-                    int magnitude, const int64_t* first_bins, const int64_t* bins, const double* weights,
-                    int64_t n_mels, int floor, double eps, double offset, double divisor, double* workspace,
-                    int threads) {
+void mt_log_mel_f64(float* out, const double* samples, const int64_t* cu_samples, const int64_t* cu_frames,
+                    int64_t clips, const double* window, int64_t win_length, const double* roots, int64_t n_fft,
+                    int64_t hop, int64_t lead, int remove_mean, int remove_dc, double wave_preemphasis,
+                    double frame_preemphasis, int magnitude, const int64_t* first_bins, const int64_t* bins,
+                    const double* weights, int64_t n_mels, int floor, double eps, double offset, double divisor,
+                    double* workspace, int threads) {
   const LogMel spec = {window, win_length, roots, n_fft, hop, lead, remove_mean != 0, remove_dc != 0, magnitude != 0,
                        floor != 0, wave_preemphasis, frame_preemphasis, first_bins, bins, weights, n_mels, eps, offset,
                        divisor};
   MT_CALL(log_mel_f64, out, samples, cu_samples, cu_frames, clips, spec, workspace, threads);
 }
 
-void mt_mask_gather_f32(float* out, const float* frames, int64_t n_frames, int64_t bins,
-                        const int64_t* cu_frames, const int32_t* cu_tokens, int64_t clips, const int32_t* index,
-                        int64_t count, const float* mean, const float* scale, int64_t freq, int64_t patch_freq,
-                        int64_t patch_time, int by_time, int threads) {
-  const Patches patches = {frames, n_frames, bins, cu_frames,  cu_tokens,  clips,
-                           mean,   scale,    freq, patch_freq, patch_time, by_time != 0};
+void mt_mask_gather_f32(float* out, const float* frames, int64_t n_frames, int64_t bins, const int64_t* cu_frames,
+                        const int32_t* cu_tokens, int64_t clips, const int32_t* index, int64_t count, const float* mean,
+                        const float* scale, int64_t freq, int64_t patch_freq, int64_t patch_time, int by_time,
+                        int threads) {
+  const Patches<float> patches = {frames, n_frames, bins, cu_frames, cu_tokens, clips,
+                                 mean, scale, freq, patch_freq, patch_time, by_time != 0};
   MT_CALL(mask_gather_f32, out, patches, index, count, threads);
 }
 
-void mt_masked_patch_loss_f32(float* out, double* partial, const float* pred, const float* frames, int64_t n_frames, int64_t bins,
-                              const int64_t* cu_frames, const int32_t* cu_tokens, int64_t clips, const int32_t* index,
-                              int64_t count, const float* mean, const float* scale, int64_t freq, int64_t patch_freq,
-                              int64_t patch_time, int by_time, int normalise, int threads) {
-  const Patches patches = {frames, n_frames, bins, cu_frames,  cu_tokens,  clips,
-                           mean,   scale,    freq, patch_freq, patch_time, by_time != 0};
+void mt_mask_gather_f64(double* out, const double* frames, int64_t n_frames, int64_t bins, const int64_t* cu_frames,
+                        const int32_t* cu_tokens, int64_t clips, const int32_t* index, int64_t count,
+                        const double* mean, const double* scale, int64_t freq, int64_t patch_freq, int64_t patch_time,
+                        int by_time, int threads) {
+  const Patches<double> patches = {frames, n_frames, bins, cu_frames, cu_tokens, clips,
+                                  mean, scale, freq, patch_freq, patch_time, by_time != 0};
+  MT_CALL(mask_gather_f64, out, patches, index, count, threads);
+}
+
+void mt_masked_patch_loss_f32(float* out, double* partial, const float* pred, const float* frames, int64_t n_frames,
+                              int64_t bins, const int64_t* cu_frames, const int32_t* cu_tokens, int64_t clips,
+                              const int32_t* index, int64_t count, const float* mean, const float* scale, int64_t freq,
+                              int64_t patch_freq, int64_t patch_time, int by_time, int normalise, int threads) {
+  const Patches<float> patches = {frames, n_frames, bins, cu_frames, cu_tokens, clips,
+                                 mean, scale, freq, patch_freq, patch_time, by_time != 0};
   MT_CALL(masked_patch_loss_f32, out, partial, pred, patches, index, count, normalise != 0, threads);
 }
 
-void mt_masked_patch_loss_grad_f32(float* out, const float* grad, const float* pred, const float* frames, int64_t n_frames, int64_t bins,
-                                   const int64_t* cu_frames, const int32_t* cu_tokens, int64_t clips, const int32_t* index,
-                                   int64_t count, const float* mean, const float* scale, int64_t freq, int64_t patch_freq,
-                                   int64_t patch_time, int by_time, int normalise, int threads) {
-  const Patches patches = {frames, n_frames, bins, cu_frames,  cu_tokens,  clips,
-                           mean,   scale,    freq, patch_freq, patch_time, by_time != 0};
+void mt_masked_patch_loss_grad_f32(float* out, const float* grad, const float* pred, const float* frames,
+                                   int64_t n_frames, int64_t bins, const int64_t* cu_frames, const int32_t* cu_tokens,
+                                   int64_t clips, const int32_t* index, int64_t count, const float* mean,
+                                   const float* scale, int64_t freq, int64_t patch_freq, int64_t patch_time,
+                                   int by_time, int normalise, int threads) {
+  const Patches<float> patches = {frames, n_frames, bins, cu_frames, cu_tokens, clips,
+                                 mean, scale, freq, patch_freq, patch_time, by_time != 0};
   MT_CALL(masked_patch_loss_grad_f32, out, grad, pred, patches, index, count, normalise != 0, threads);
+}
+
+void mt_masked_patch_loss_f64(double* out, double* partial, const double* pred, const double* frames, int64_t n_frames,
+                              int64_t bins, const int64_t* cu_frames, const int32_t* cu_tokens, int64_t clips,
+                              const int32_t* index, int64_t count, const double* mean, const double* scale,
+                              int64_t freq, int64_t patch_freq, int64_t patch_time, int by_time, int normalise,
+                              int threads) {
+  const Patches<double> patches = {frames, n_frames, bins, cu_frames, cu_tokens, clips,
+                                  mean, scale, freq, patch_freq, patch_time, by_time != 0};
+  MT_CALL(masked_patch_loss_f64, out, partial, pred, patches, index, count, normalise != 0, threads);
+}
+
+void mt_masked_patch_loss_grad_f64(double* out, const double* grad, const double* pred, const double* frames,
+                                   int64_t n_frames, int64_t bins, const int64_t* cu_frames, const int32_t* cu_tokens,
+                                   int64_t clips, const int32_t* index, int64_t count, const double* mean,
+                                   const double* scale, int64_t freq, int64_t patch_freq, int64_t patch_time,
+                                   int by_time, int normalise, int threads) {
+  const Patches<double> patches = {frames, n_frames, bins, cu_frames, cu_tokens, clips,
+                                  mean, scale, freq, patch_freq, patch_time, by_time != 0};
+  MT_CALL(masked_patch_loss_grad_f64, out, grad, pred, patches, index, count, normalise != 0, threads);
 }
 
 void mt_select_tokens(int32_t* visible, int32_t* masked, const int64_t* cu_tokens, const int64_t* cu_visible,

@@ -18,15 +18,16 @@ struct LogMel {
   double eps, offset, divisor;
 };
 
-// A packed spectrogram and its token grid, as the arguments of mt_mask_gather_f32 in masktrain_c.h.
+// A packed spectrogram and its token grid, as the arguments of mt_mask_gather_* in masktrain_c.h.
+template <typename T>
 struct Patches {
-  const float* frames;
+  const T* frames;
   int64_t n_frames, bins;
   const int64_t* cu_frames;
   const int32_t* cu_tokens;
   int64_t clips;
-  const float* mean;
-  const float* scale;
+  const T* mean;
+  const T* scale;
   int64_t freq, patch_freq, patch_time;
   bool by_time;
 };
@@ -51,10 +52,15 @@ struct Patches {
                    int64_t clips, const LogMel& spec, double* workspace, int threads);                                \
   void log_mel_f64(float* out, const double* samples, const int64_t* cu_samples, const int64_t* cu_frames,            \
                    int64_t clips, const LogMel& spec, double* workspace, int threads);                                \
-  void mask_gather_f32(float* out, const Patches& p, const int32_t* index, int64_t count, int threads);               \
-  void masked_patch_loss_f32(float* out, double* partial, const float* pred, const Patches& p,                        \
+  void mask_gather_f32(float* out, const Patches<float>& p, const int32_t* index, int64_t count, int threads);        \
+  void masked_patch_loss_f32(float* out, double* partial, const float* pred, const Patches<float>& p,                 \
                              const int32_t* index, int64_t count, bool normalise, int threads);                       \
-  void masked_patch_loss_grad_f32(float* out, const float* grad, const float* pred, const Patches& p,                 \
+  void masked_patch_loss_grad_f32(float* out, const float* grad, const float* pred, const Patches<float>& p,          \
+                                  const int32_t* index, int64_t count, bool normalise, int threads);                  \
+  void mask_gather_f64(double* out, const Patches<double>& p, const int32_t* index, int64_t count, int threads);      \
+  void masked_patch_loss_f64(double* out, double* partial, const double* pred, const Patches<double>& p,              \
+                             const int32_t* index, int64_t count, bool normalise, int threads);                       \
+  void masked_patch_loss_grad_f64(double* out, const double* grad, const double* pred, const Patches<double>& p,      \
                                   const int32_t* index, int64_t count, bool normalise, int threads);                  \
   void select_tokens(int32_t* visible, int32_t* masked, const int64_t* cu_tokens, const int64_t* cu_visible,          \
                      int64_t clips, const int64_t* counter, const int64_t* clip_ids, const void* classes,             \

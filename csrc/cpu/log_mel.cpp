@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Log-mel frames. Compiled once for each instruction set; MT_LEVEL is the namespace.
 //
-// WIDTH frames go side by side, one in each lane of a vector: every step is the scalar algorithm on vectors, and a frame
-// depends on nothing but itself. In double up to the mel sums: float FFTs miss quiet bins beside loud ones by over 1e-3.
+// WIDTH frames go side by side, one in each lane of a vector: every step is the scalar algorithm on vectors, and a
+// frame depends on nothing but itself. In double up to the mel sums: float FFTs miss quiet bins beside loud ones by
+// over 1e-3.
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
@@ -114,8 +115,8 @@ inline void any_stage(Wide* data, int64_t n, int64_t length, const double* roots
   }
 }
 
-// The FFT of n = 2^a 3^b 5^c numbers in place. Frequency f ends at place_of(f, n). After the first stage it goes block by
-// block: a block stays in the first-level cache.
+// The FFT of n = 2^a 3^b 5^c numbers in place. Frequency f ends at place_of(f, n). After the first stage it goes block
+// by block: a block stays in the first-level cache.
 void transform_all(Wide* data, int64_t n, const double* roots, int64_t count) {
   if (n == 1) return;
   any_stage(data, n, n, roots, count);

@@ -6,15 +6,17 @@
 namespace {
 
 // Where the patch of a token lies.
+template <typename T>
 struct Place {
-  const float* first;  // frame 0, bin 0 of the patch
+  const T* first;  // frame 0, bin 0 of the patch
   int64_t frames;      // that lie inside the clip; the others are 0
   int64_t bin;
 };
 
-// `clip`: of the token before, to begin with; it is moved to the clip of this one. A token or a clip that does not exist
-// gives no frames.
-inline Place place_of(const Patches& p, int64_t token, int64_t& clip) {
+// `clip`: of the token before, to begin with; it is moved to the clip of this one. A token or a clip that does not
+// exist gives no frames.
+template <typename T>
+inline Place<T> place_of(const Patches<T>& p, int64_t token, int64_t& clip) {
   if (token < p.cu_tokens[0] || token >= p.cu_tokens[p.clips]) return {p.frames, 0, 0};
   if (token < p.cu_tokens[clip] || token >= p.cu_tokens[clip + 1]) {
     int64_t above = p.clips;
@@ -40,35 +42,89 @@ inline Place place_of(const Patches& p, int64_t token, int64_t& clip) {
   return {p.frames + first * p.bins + bin, left < p.patch_time ? left : p.patch_time, bin};
 }
 
-inline void normalise_row(float* out, const float* x, const float* mean, const float* scale, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) out[i] = (x[i] - mean[i]) * scale[i];
+// Ask for the cells of a patch ahead of their use: its rows are far apart, and what follows them is not read next.
+template <typename T>
+inline void prefetch(const Patches<T>& p, const Place<T>& place) {
+  const int64_t bytes = p.patch_freq * (int64_t)sizeof(T);
+  for (int64_t t = 0; t < place.frames; ++t) {
+    const char* row = (const char*)(place.first + t * p.bins);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i);
+  }
 }
 
 // Write the values of a patch in the order of the tokens. COUNT: patch_freq where it is known, else 0.
-template <int COUNT>
-inline void read_patch(float* out, const Patches& p, const Place& place) {
+template <int COUNT, typename T>
+inline void read_patch(T* __restrict out, const Patches<T>& p, const Place<T>& place) {
   const int64_t height = COUNT ? COUNT : p.patch_freq, width = p.patch_time;
-  const float* mean = p.mean + place.bin;
-  const float* scale = p.scale + place.bin;
+  const T* __restrict x = place.first;
+  const T* __restrict mean = p.mean + place.bin;
+  const T* __restrict scale = p.scale + place.bin;
+  int64_t t = 0;
   if (p.by_time) {
-    int64_t t = 0;
-    for (; t < place.frames; ++t) normalise_row(out + t * height, place.first + t * p.bins, mean, scale, height);
-    for (int64_t i = t * height; i < width * height; ++i) out[i] = 0.0f;
+    for (; t < place.frames; ++t, x += p.bins, out += height) {
+      for (int64_t f = 0; f < height; ++f) out[f] = (x[f] - mean[f]) * scale[f];
+    }
+    for (int64_t i = 0; i < (width - t) * height; ++i) out[i] = 0;
     return;
   }
-  for (int64_t f = 0; f < height; ++f) {
-    int64_t t = 0;
-    for (; t < place.frames; ++t) out[f * width + t] = (place.first[t * p.bins + f] - mean[f]) * scale[f];
-    for (; t < width; ++t) out[f * width + t] = 0.0f;
+  if (COUNT == 16 && width == 16) {
+    // Turned in the first-level cache, so that rows are read and written whole.
+    alignas(64) T rows[256];
+    for (; t < place.frames; ++t, x += p.bins) {
+      for (int64_t f = 0; f < 16; ++f) rows[t * 16 + f] = (x[f] - mean[f]) * scale[f];
+    }
+    for (int64_t i = t * 16; i < 256; ++i) rows[i] = 0;
+    for (int64_t f = 0; f < 16; ++f) {
+      for (int64_t i = 0; i < 16; ++i) out[f * 16 + i] = rows[i * 16 + f];
+    }
+    return;
+  }
+  for (; t < place.frames; ++t, x += p.bins) {
+    for (int64_t f = 0; f < height; ++f) out[f * width + t] = (x[f] - mean[f]) * scale[f];
+  }
+  for (; t < width; ++t) {
+    for (int64_t f = 0; f < height; ++f) out[f * width + t] = 0;
   }
 }
 
-inline void read_any_patch(float* out, const Patches& p, const Place& place) {
+template <typename T>
+inline void read_any_patch(T* out, const Patches<T>& p, const Place<T>& place) {
   if (p.patch_freq == 16) {
     read_patch<16>(out, p, place);
   } else {
     read_patch<0>(out, p, place);
   }
 }
+
+// The places of tokens index[first] ... index[last - 1], one after the other, each asked for AHEAD tokens before.
+template <typename T>
+class Places {
+ public:
+  Places(const Patches<T>& patches, const int32_t* index, int64_t first, int64_t last)
+      : patches_(patches), index_(index), next_(first), last_(last) {
+    for (int64_t i = 0; i < AHEAD; ++i) fetch(i);
+  }
+
+  Place<T> next() {
+    const int64_t slot = taken_++ % AHEAD;
+    const Place<T> place = ahead_[slot];
+    fetch(slot);
+    return place;
+  }
+
+ private:
+  static const int64_t AHEAD = 8;
+
+  void fetch(int64_t slot) {
+    if (next_ >= last_) return;
+    ahead_[slot] = place_of(patches_, index_[next_++], clip_);
+    prefetch(patches_, ahead_[slot]);
+  }
+
+  const Patches<T>& patches_;
+  const int32_t* index_;
+  int64_t next_, last_, taken_ = 0, clip_ = 0;
+  Place<T> ahead_[AHEAD];
+};
 
 }  // namespace

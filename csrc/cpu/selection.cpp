@@ -84,7 +84,7 @@ namespace MT_LEVEL {
 void select_tokens(int32_t* visible, int32_t* masked, const int64_t* cu_tokens, const int64_t* cu_visible,
                    int64_t clips, const int64_t* counter, const int64_t* clip_ids, const void* classes,
                    int64_t class_bytes, bool shared, int64_t* workspace, int64_t longest, int threads) {
-#pragma omp parallel num_threads(threads) if (threads > 1 && cu_tokens[clips] > 4096)
+#pragma omp parallel num_threads(threads) if (threads > 1 && cu_tokens[clips] > 65536)
   {
     int64_t* keys = workspace + thread_number() * (4 * longest + 32);
     int64_t* scratch = keys + longest;
@@ -122,7 +122,7 @@ void block_marks(uint8_t* marks, const int64_t* cu_tokens, const int64_t* n_mark
                  int64_t room, int threads) {
   int64_t largest = 0;
   for (int64_t i = 0; i < n_sides; ++i) largest = sides[i] > largest ? sides[i] : largest;
-#pragma omp parallel num_threads(threads) if (threads > 1 && cu_tokens[clips] > 1024)
+#pragma omp parallel num_threads(threads) if (threads > 1 && cu_tokens[clips] > 32768)
   {
     int64_t* own = workspace + thread_number() * 4 * room;
 #pragma omp for schedule(static)

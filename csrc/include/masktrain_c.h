@@ -60,8 +60,8 @@ MT_API void mt_attention_keep_f64(double* out, const int64_t* counter, const int
 // clip's mean is subtracted (remove_mean, without effect with remove_dc), y[i] = x[i + 1] - wave_preemphasis * x[i]
 // makes the clip one sample shorter (unless 0), the frame's mean is subtracted (remove_dc), y[i] = x[i] -
 // frame_preemphasis * x[i - 1] with x[-1] = x[0] (unless 0), window (win_length), zeros up to n_fft, the power spectrum
-// (its root if `magnitude`), mel sum m = sum of bins[m] weights on the spectrum from first_bins[m] on, weights of one sum
-// after the other, ln(max(sum, eps)) if `floor`, else ln(sum + eps), (x + offset) / divisor.
+// (its root if `magnitude`), mel sum m = sum of bins[m] weights on the spectrum from first_bins[m] on, weights of one
+// sum after the other, ln(max(sum, eps)) if `floor`, else ln(sum + eps), (x + offset) / divisor.
 //
 // n_fft: even, 2 * 2^a 3^b 5^c. roots: exp(-2 pi i t / n_fft) for t < n_fft, real and imaginary parts in turn. eps: at
 // least the smallest normal float. workspace: clips + threads * (17 * n_fft + 4 * n_mels + 128) values.
@@ -78,44 +78,61 @@ MT_API void mt_log_mel_f64(float* out, const double* samples, const int64_t* cu_
                            const double* weights, int64_t n_mels, int floor, double eps, double offset, double divisor,
                            double* workspace, int threads);
 
-// The normalised patches of `count` tokens: out has count rows of patch_freq * patch_time values (x - mean) * scale, or 0
-// past the end of a clip. frames: n_frames x bins; clip b has frames cu_frames[b] ... and tokens cu_tokens[b] ... ; index:
-// token ids through the batch. mean, scale: `bins` values each. Token t of a clip is row t % freq of column t / freq if
-// by_time, else column t % columns of row t / columns; it covers patch_freq bins and patch_time frames, flattened with
-// time outer if by_time, else inner. A token that does not exist gives 0.
+// The normalised patches of `count` tokens: out has count rows of patch_freq * patch_time values (x - mean) * scale, or
+// 0 past the end of a clip. frames: n_frames x bins; clip b has frames cu_frames[b] ... and tokens cu_tokens[b] ... ;
+// index: token ids through the batch. mean, scale: `bins` values each. Token t of a clip is row t % freq of column t /
+// freq if by_time, else column t % columns of row t / columns; it covers patch_freq bins and patch_time frames,
+// flattened with time outer if by_time, else inner. A token that does not exist gives 0.
 MT_API void mt_mask_gather_f32(float* out, const float* frames, int64_t n_frames, int64_t bins,
                                const int64_t* cu_frames, const int32_t* cu_tokens, int64_t clips, const int32_t* index,
                                int64_t count, const float* mean, const float* scale, int64_t freq, int64_t patch_freq,
                                int64_t patch_time, int by_time, int threads);
+MT_API void mt_mask_gather_f64(double* out, const double* frames, int64_t n_frames, int64_t bins,
+                               const int64_t* cu_frames, const int32_t* cu_tokens, int64_t clips, const int32_t* index,
+                               int64_t count, const double* mean, const double* scale, int64_t freq, int64_t patch_freq,
+                               int64_t patch_time, int by_time, int threads);
 
-// *out = the sum of (pred - target)^2 over count rows of pred; the target is what mt_mask_gather_f32 gives, standardised
-// row by row with the unbiased variance + 1e-6 if `normalise`. A row has at most MT_LARGEST_PATCH values. partial:
-// workspace of `count` values. The second function: out = 2 * *grad * (pred - target), the gradient in pred.
+// *out = the sum of (pred - target)^2 over count rows of pred; the target is what mt_mask_gather_f32 gives,
+// standardised row by row with the unbiased variance + 1e-6 if `normalise`. A row has at most MT_LARGEST_PATCH values.
+// partial: workspace of `count` values. The functions named grad: out = 2 * *grad * (pred - target), the gradient in
+// pred.
 #define MT_LARGEST_PATCH 4096
-MT_API void mt_masked_patch_loss_f32(float* out, double* partial, const float* pred, const float* frames, int64_t n_frames, int64_t bins,
-                                     const int64_t* cu_frames, const int32_t* cu_tokens, int64_t clips, const int32_t* index,
-                                     int64_t count, const float* mean, const float* scale, int64_t freq, int64_t patch_freq,
-                                     int64_t patch_time, int by_time, int normalise, int threads);
-MT_API void mt_masked_patch_loss_grad_f32(float* out, const float* grad, const float* pred, const float* frames, int64_t n_frames, int64_t bins,
-                                          const int64_t* cu_frames, const int32_t* cu_tokens, int64_t clips, const int32_t* index,
-                                          int64_t count, const float* mean, const float* scale, int64_t freq, int64_t patch_freq,
+MT_API void mt_masked_patch_loss_f32(float* out, double* partial, const float* pred, const float* frames,
+                                     int64_t n_frames, int64_t bins, const int64_t* cu_frames, const int32_t* cu_tokens,
+                                     int64_t clips, const int32_t* index, int64_t count, const float* mean,
+                                     const float* scale, int64_t freq, int64_t patch_freq, int64_t patch_time,
+                                     int by_time, int normalise, int threads);
+MT_API void mt_masked_patch_loss_grad_f32(float* out, const float* grad, const float* pred, const float* frames,
+                                          int64_t n_frames, int64_t bins, const int64_t* cu_frames,
+                                          const int32_t* cu_tokens, int64_t clips, const int32_t* index, int64_t count,
+                                          const float* mean, const float* scale, int64_t freq, int64_t patch_freq,
+                                          int64_t patch_time, int by_time, int normalise, int threads);
+MT_API void mt_masked_patch_loss_f64(double* out, double* partial, const double* pred, const double* frames,
+                                     int64_t n_frames, int64_t bins, const int64_t* cu_frames, const int32_t* cu_tokens,
+                                     int64_t clips, const int32_t* index, int64_t count, const double* mean,
+                                     const double* scale, int64_t freq, int64_t patch_freq, int64_t patch_time,
+                                     int by_time, int normalise, int threads);
+MT_API void mt_masked_patch_loss_grad_f64(double* out, const double* grad, const double* pred, const double* frames,
+                                          int64_t n_frames, int64_t bins, const int64_t* cu_frames,
+                                          const int32_t* cu_tokens, int64_t clips, const int32_t* index, int64_t count,
+                                          const double* mean, const double* scale, int64_t freq, int64_t patch_freq,
                                           int64_t patch_time, int by_time, int normalise, int threads);
 
 // The tokens of each clip with its smallest keys, class * 2^32 + word t of the stream 0 of purpose MASK, ties to the
 // lower token: cu_visible[b + 1] - cu_visible[b] ids of clip b go to `visible`, the others to `masked`, both ascending.
-// cu_tokens, cu_visible: clips + 1 numbers. classes: one integer >= 0 of class_bytes (1, 4 or 8) for each token, or none
-// if class_bytes is 0. shared: words of id 0 for all clips. longest: tokens of the longest clip. workspace: threads * (4 *
-// longest + 32) values.
+// cu_tokens, cu_visible: clips + 1 numbers. classes: one integer >= 0 of class_bytes (1, 4 or 8) for each token, or
+// none if class_bytes is 0. shared: words of id 0 for all clips. longest: tokens of the longest clip. workspace:
+// threads * (4 * longest + 32) values.
 MT_API void mt_select_tokens(int32_t* visible, int32_t* masked, const int64_t* cu_tokens, const int64_t* cu_visible,
                              int64_t clips, const int64_t* counter, const int64_t* clip_ids, const void* classes,
                              int64_t class_bytes, int shared, int64_t* workspace, int64_t longest, int threads);
 
-// marks[t] = 1 where a block covers token t, else 0: see kernels/block_marks. A clip of n tokens has freq rows. Its side is
-// sides[word 0 of stream 0 * n_sides / 2^32]; starts are taken by ascending word of stream 1, purpose MASK_SHAPE, until
-// more than n_marked[b] tokens are covered; only_first leaves the first n_marked[b] of them. clipped: blocks are cut at the
-// grid's edges; otherwise they run on in token numbers. spare_first: token 0 is never marked. shared: words of id 0.
-// workspace: threads * 4 * room values, room at least 32 + the starts of a clip + (largest side - 1) * (1 + what one row
-// adds to the number of a start).
+// marks[t] = 1 where a block covers token t, else 0: see kernels/block_marks. A clip of n tokens has freq rows. Its
+// side is sides[word 0 of stream 0 * n_sides / 2^32]; starts are taken by ascending word of stream 1, purpose
+// MASK_SHAPE, until more than n_marked[b] tokens are covered; only_first leaves the first n_marked[b] of them. clipped:
+// blocks are cut at the grid's edges; otherwise they run on in token numbers. spare_first: token 0 is never marked.
+// shared: words of id 0. workspace: threads * 4 * room values, room at least 32 + the starts of a clip + (largest side
+// - 1) * (1 + what one row adds to the number of a start).
 MT_API void mt_block_marks(uint8_t* marks, const int64_t* cu_tokens, const int64_t* n_marked, int64_t clips,
                            const int64_t* counter, const int64_t* clip_ids, int64_t freq, int by_time,
                            const int64_t* sides, int64_t n_sides, int clipped, int only_first, int spare_first,

@@ -42,9 +42,7 @@ def why_not(samples: Tensor, spec: MelSpec, dtype: torch.dtype) -> str | None:
         while rest % prime == 0:
             rest //= prime
     if rest != 1 or spec.n_fft > LARGEST_FFT:
-        return (
-            f"the native library transforms 2 * 2^a 3^b 5^c samples up to {LARGEST_FFT}, not {spec.n_fft}"
-        )
+        return f"the native library transforms 2 * 2^a 3^b 5^c samples up to {LARGEST_FFT}, not {spec.n_fft}"
     return _native.why_not()
 
 

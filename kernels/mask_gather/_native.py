@@ -8,6 +8,8 @@ from torch import Tensor
 
 from masktrain.kernels import _native
 
+FUNCTIONS = {torch.float32: "mt_mask_gather_f32", torch.float64: "mt_mask_gather_f64"}
+
 _library = torch.library.Library("masktrain", "FRAGMENT")
 _library.define(
     "mask_gather(Tensor frames, Tensor cu_frames, Tensor cu_tokens, Tensor index, Tensor mean, Tensor scale, "
@@ -19,8 +21,8 @@ def why_not(frames: Tensor, dtype: torch.dtype) -> str | None:
     """Return None if the native library gathers these frames into `dtype`, else why not."""
     if frames.device.type != "cpu":
         return f"the native library serves the CPU, and these tensors are on {frames.device}"
-    if frames.dtype != torch.float32 or dtype != torch.float32:
-        return f"the native library gathers float32 into float32, not {frames.dtype} into {dtype}"
+    if frames.dtype not in FUNCTIONS or dtype != frames.dtype:
+        return f"the native library gathers float32 or float64 into the same, not {frames.dtype} into {dtype}"
     return _native.why_not()
 
 
@@ -39,7 +41,7 @@ def mask_gather(
     dtype: torch.dtype,
 ) -> Tensor:
     """See op.py."""
-    del dtype  # float32, as why_not demands
+    del dtype  # that of frames, as why_not demands
     return torch.ops.masktrain.mask_gather(
         frames, cu_frames, cu_tokens, index, mean, scale, freq, patch_freq, patch_time, order == "time"
     )
@@ -85,7 +87,8 @@ def _mask_gather(
     out = frames.new_empty(index.shape[0], patch_freq * patch_time)
     grid = (freq, patch_freq, patch_time, by_time)
     patches = Patches(frames, cu_frames, cu_tokens, index, mean, scale, *grid)
-    _native.require().mt_mask_gather_f32(out.data_ptr(), *patches.arguments, _native.threads())
+    function = getattr(_native.require(), FUNCTIONS[frames.dtype])
+    function(out.data_ptr(), *patches.arguments, _native.threads())
     return out
 
 

@@ -14,6 +14,9 @@ from masktrain.kernels.mask_gather._native import Patches
 LARGEST_PATCH = 4096
 """MT_LARGEST_PATCH of csrc/include/masktrain_c.h."""
 
+LOSS = {torch.float32: "mt_masked_patch_loss_f32", torch.float64: "mt_masked_patch_loss_f64"}
+GRAD = {torch.float32: "mt_masked_patch_loss_grad_f32", torch.float64: "mt_masked_patch_loss_grad_f64"}
+
 _DATA = (
     "Tensor frames, Tensor cu_frames, Tensor cu_tokens, Tensor masked, Tensor mean, Tensor scale, "
     "SymInt freq, SymInt patch_freq, SymInt patch_time, bool by_time, bool normalise"
@@ -27,8 +30,8 @@ def why_not(pred: Tensor, frames: Tensor) -> str | None:
     """Return None if the native library serves these arguments of the op, else why not."""
     if pred.device.type != "cpu":
         return f"the native library serves the CPU, and these tensors are on {pred.device}"
-    if pred.dtype != torch.float32 or frames.dtype != torch.float32:
-        return f"the native library computes in float32, not from {pred.dtype} and {frames.dtype}"
+    if pred.dtype not in LOSS or pred.dtype != frames.dtype:
+        return f"the native library takes all in float32 or in float64, not {pred.dtype} and {frames.dtype}"
     if pred.shape[1] > LARGEST_PATCH:
         return f"the native library takes patches of at most {LARGEST_PATCH} values, not {pred.shape[1]}"
     return _native.why_not()
@@ -61,7 +64,7 @@ def _loss(pred: Tensor, *data: Any) -> Tensor:
     pred, patches = pred.contiguous(), Patches(*patch_data)
     out = pred.new_empty(())
     partial = torch.empty(pred.shape[0], dtype=torch.float64)
-    _native.require().mt_masked_patch_loss_f32(
+    getattr(_native.require(), LOSS[pred.dtype])(
         out.data_ptr(),
         partial.data_ptr(),
         pred.data_ptr(),
@@ -82,7 +85,7 @@ def _grad(grad: Tensor, pred: Tensor, *data: Any) -> Tensor:
     *patch_data, normalise = data
     pred, patches = pred.contiguous(), Patches(*patch_data)
     out = torch.empty_like(pred)
-    _native.require().mt_masked_patch_loss_grad_f32(
+    getattr(_native.require(), GRAD[pred.dtype])(
         out.data_ptr(),
         grad.data_ptr(),
         pred.data_ptr(),

@@ -99,7 +99,7 @@ def masked_patch_loss_kernel(
         target = tl.div_rn(target, tl.sqrt_rn(variance + eps)[:, None])
     offset = row[:, None] * P + value[None, :]
     pred = tl.load(pred_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-    error = tl.where(inside, pred - target, 0.0)
+    error = pred - target
     if BACKWARD:
         grad = 2.0 * tl.load(grad_ptr)
         tl.store(out_ptr + offset, (grad * error).to(out_ptr.dtype.element_ty), mask=inside)

@@ -106,9 +106,12 @@ def select_tokens_kernel(
 
 
 def to_device(values: Sequence[int], device: torch.device) -> Tensor:
-    """Return `values` as int32 on `device`, without waiting for it."""
-    host = torch.tensor(values, dtype=torch.int32)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+    """Return `values` as int32 on `device`, without waiting for it.
+
+    Not from pinned memory: torch refuses this copy while a CUDA graph is captured, and a graph that read these values
+    from the host again would replay them for ever.
+    """
+    return torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)
 
 
 def select_tokens(

@@ -51,9 +51,10 @@ class Tiling:
 def tiling(dtype: torch.dtype, width: int, dropout: bool, backward: bool) -> Tiling:
     """Return the tiling: what compiles for sm_80 to sm_90 without spilling registers. Speed is not yet measured."""
     if dtype == torch.float32:
-        return Tiling(32, 32, 4, 2) if width <= 64 else Tiling(16, 16, 4, 2)
+        rows, columns = (32, 16 if backward else 32) if width <= 64 else (16, 16)
+        return Tiling(rows, columns, 4, 2)
     if width > 64:
-        return Tiling(64, 32, 8, 2)
+        return Tiling(64, 32, 8, 1)
     return Tiling(64, 32, 4, 2) if dropout and backward else Tiling(64, 64, 4, 2)
 
 
@@ -340,19 +341,20 @@ def by_keys_kernel(
     for first_query in range(0, n, COLUMNS):
         queries = first_query + tl.arange(0, COLUMNS)
         q = _load(q_ptr, queries, n, q_row, WIDTH, BLOCK_D)
-        grad = _load(grad_ptr, queries, n, grad_row, WIDTH, BLOCK_D)
         # The weights of a query that does not exist are 0.
         lse = tl.load(lse_ptr + queries, mask=queries < n, other=float("inf"))
-        delta = tl.load(delta_ptr + queries, mask=queries < n, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * score_scale
         weights = tl.exp2(scores - lse[:, None])
-        slope = tl.dot(grad, tl.trans(v), input_precision="ieee")
+        grad = _load(grad_ptr, queries, n, grad_row, WIDTH, BLOCK_D)
         used = weights
         if DROPOUT:
             keep = _kept(queries, first, n, threshold.to(tl.uint32), stream, clip_id, step, k0, k1, ROWS)
             used = tl.where(keep, weights, 0.0)
-            slope = tl.where(keep, slope * keep_scale, 0.0)
         dv = tl.dot(tl.trans(used.to(grad.dtype)), grad, dv, input_precision="ieee")
+        slope = tl.dot(grad, tl.trans(v), input_precision="ieee")
+        if DROPOUT:
+            slope = tl.where(keep, slope * keep_scale, 0.0)
+        delta = tl.load(delta_ptr + queries, mask=queries < n, other=0.0)
         slope = weights * (slope - delta[:, None])
         dk = tl.dot(tl.trans(slope.to(q.dtype)), q, dk, input_precision="ieee")
     if DROPOUT:

@@ -127,7 +127,7 @@ def _fresh(options: Options, rest: list[str]) -> RunSpec:
 def _adjusted(recipe: Recipe, options: Options, rest: list[str]) -> Recipe:
     """Apply the masking strategy, whose fields may be overridden, the dotted overrides, then the named options."""
     from masktrain.masking.registry import strategy
-    from masktrain.training.run_spec import check_whole_numbers
+    from masktrain.training.run_spec import check_numbers
 
     if options.masking is not None and options.masking != type(recipe.masking).name:
         cls = strategy(options.masking)
@@ -137,7 +137,7 @@ def _adjusted(recipe: Recipe, options: Options, rest: list[str]) -> Recipe:
         if getattr(options, name) is not None and any(a.replace("_", "-").startswith(long) for a in rest):
             raise ConfigError(f"{short} and {long}: the same under two names; give one of them.")
     recipe = override(recipe, "run", rest, Options)
-    check_whole_numbers(recipe)
+    check_numbers(recipe)
     if options.batch_size is not None:
         recipe = replace(recipe, batch_size=options.batch_size)
     if options.seed is not None:

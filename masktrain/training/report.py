@@ -11,14 +11,15 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from masktrain.errors import RunError
 from masktrain.kernels.log_mel.filters import centre_frequencies
 from masktrain.training import loggers, pictures, run_dir
 from masktrain.training.console import Console
@@ -104,23 +105,23 @@ class Report:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.console.close()
-        for logger in (self._jsonl, self._tensorboard, self._validations):
-            if logger is not None:
-                logger.close()
+        with ExitStack() as closing:  # each is closed, also where another's disk is full
+            closing.callback(self.console.close)
+            for logger in (self._jsonl, self._tensorboard, self._validations):
+                if logger is not None:
+                    closing.callback(logger.close)
 
-    def begin(self, block: list[tuple[str, str]], start: int) -> None:
-        """Say what runs, and open the loggers behind the `start` steps that are done."""
+    def begin(self, block: list[tuple[str, str]], start: int, precision: str) -> None:
+        """Say what runs, and open the loggers behind the `start` steps that are done. precision: of the products."""
         self.start = start
         device = self.world.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-        precision = self.recipe.train.precision
         rows = self.rows() if start else []
         self._first_loss = rows[0]["loss"] if rows else None
         self._meter = Meter(
             device,
             self.steps,
-            peak=peak_flops(name, "bf16" if precision == "auto" else precision),
+            peak=peak_flops(name, precision),
             devices=self.world.size,
             elapsed_s=next((r["elapsed_s"] for r in reversed(rows) if r["step"] <= start), 0.0),
         )
@@ -169,8 +170,12 @@ class Report:
                     f"{min(missing)}; curves and summary do without them."
                 )
 
-    def stepped(self, done: int, result: StepResult, loader: Loader, last: bool) -> None:
-        """Take in a finished step, and log it where a row is due. Raises RunError when training has broken down."""
+    def stepped(self, done: int, result: StepResult, loader: Loader, clips: Callable[[], list[str]], last: bool) -> None:
+        """Take in a finished step, and log it where a row is due.
+
+        clips: gives the paths of this rank's clips. Raises RunError when training has broken down, with the step's evidence
+        saved.
+        """
         assert self._meter is not None
         self._meter.add(result, loader.wait_seconds)
         if not (last or self._due(done)):
@@ -184,7 +189,14 @@ class Report:
             self._tensorboard.log(row)
             self.console.update(row)
         self._warn_of_padding(row)
-        check_finite(row, self._first_loss, scaled=result.scaled)
+        try:
+            check_finite(row, self._first_loss, scaled=result.scaled)
+        except RunError as error:
+            if self.run is not None:
+                evidence = self.run.path / f"breakdown_step_{done:08d}.json"
+                run_dir.write_json(evidence, {"error": str(error), "row": row, "clips": clips()})
+                raise RunError(f"{error} The step's numbers and clips are in {evidence}.") from error
+            raise
 
     def _warn_of_padding(self, row: Mapping[str, Any]) -> None:
         if row["padding_share"] > PADDING_WARNING and not self._warned_padding:
@@ -223,7 +235,7 @@ class Report:
 
     def draw_mask_rate(self, frames: int) -> None:
         """Draw how often the strategy masks each token of a clip of `frames` frames: a strategy's bias shows here."""
-        if self.run is None:
+        if self.run is None or not self.recipe.train.pictures:
             return
         lengths = (frames,) * MAP_PLANS
         none = torch.zeros(0, self.recipe.frontend.n_mels)
@@ -254,7 +266,7 @@ class Report:
         self.console.close()
         rows = self.rows()
         validations = self.validations()
-        if rows:
+        if rows and self.recipe.train.pictures:
             title = f"{self.recipe.name}, {self.recipe.size}, {self.recipe.train.steps or done} steps"
             pictures.save(pictures.loss_figure(rows, validations, title), self.run.pictures / "loss.png")
             pictures.save(pictures.throughput_figure(rows, title), self.run.pictures / "throughput.png")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,9 +41,11 @@ def same_run(field: str) -> bool:
     return field in SAME_RUN
 
 
-def check_whole_numbers(recipe: Recipe) -> None:
-    """Raise ConfigError for a whole number that no tensor size could be."""
+def check_numbers(recipe: Recipe) -> None:
+    """Raise ConfigError for a number that is not finite, or a whole one that no size of a tensor could be."""
     for name, value in flatten(recipe).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{name}: must be a finite number; received {value}.")
         if isinstance(value, int) and abs(value) >= TOO_LARGE:
             raise ConfigError(f"{name}: must be under 2^53; received {str(value)[:40]}.")
 

@@ -11,6 +11,7 @@ import os
 import time
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,6 +34,7 @@ from masktrain.training.start_block import differences_at_resume, environment, s
 from masktrain.training.step import Step
 from masktrain.training.stop import StopRequest
 from masktrain.training.validation import Validator
+from masktrain.types import AudioBatch
 
 CALIBRATION_STEPS = 6
 
@@ -83,6 +85,7 @@ class Trainer:
         self.manifest, self.held_out = corpus.split(manifest, spec.recipe)
         self.spec = self._calibrated(spec) if spec.minutes is not None else spec
         self.recipe = self.spec.recipe
+        self._check_length()
         self.steps = self.recipe.train.steps or self.recipe.schedule.total_steps
         self.schedule = schedule.resolve(
             self.recipe.schedule, self.steps, self.recipe.optim.peak_lr(self.recipe.batch_size)
@@ -91,6 +94,15 @@ class Trainer:
         if self.spec.init_from and not spec.resume:
             self._init_from(self.spec.init_from)
         self.loader, self.loader_reason = self._new_loader(self.manifest, self.recipe, self.world)
+
+    def _check_length(self) -> None:
+        """Raise ConfigError where padded clips would have no two tokens, one to see and one to predict."""
+        data = self.recipe.data
+        if data.padding == "reference" and self.recipe.grid.tokens(data.target_length or 0) < 2:
+            raise ConfigError(
+                f"data.target_length: {data.target_length} frames hold fewer than 2 tokens of "
+                f"{self.recipe.tokens.patch_time} frames; raise it."
+            )
 
     def _new_step(self, recipe: Recipe, resolved: schedule.ResolvedSchedule) -> Step:
         with torch.random.fork_rng(devices=[]):
@@ -183,7 +195,7 @@ class Trainer:
         try:
             with Report(self.spec, folder, self.world, self.console, self.digest, self.steps) as report:
                 start = self._resume() if self.spec.resume else 0
-                report.begin(start_block(self), start)
+                report.begin(start_block(self), start, self.precision.name)
                 saver = checkpoint.AsyncSaver(self.spec.out / "checkpoints", self.recipe.train.keep_last)
                 with saver:
                     done = self._steps(report, saver, stop, start)
@@ -210,7 +222,7 @@ class Trainer:
             result = self.step(done, audio, stop=stop.requested, baseline=2 <= done + 1 <= 6)
             done += 1
             last = done == self.steps or result.stop
-            report.stepped(done, result, self.loader, last)
+            report.stepped(done, result, self.loader, partial(self._paths, audio), last)
             if done in (middle, self.steps):
                 report.validated(*validator(done))
             if done % every == 0 or last:
@@ -227,6 +239,9 @@ class Trainer:
         for state in states:
             record.load_state(state)
         return record, states
+
+    def _paths(self, audio: list[AudioBatch]) -> list[str]:
+        return [self.manifest.path(clip) for micro in audio for clip in micro.clip_ids.tolist()]
 
     def _validator(self) -> Validator:
         """Read the held-out clips once; where there are none that can be used, a batch of the training clips."""

@@ -72,7 +72,7 @@ def test_one_row_of_long_clips(level: int) -> None:
 
 
 def test_threads(threads: int) -> None:
-    assert_equal(both([512] * 40 + [8], [384] * 40 + [3], freq=8, order="time"))
+    assert_equal(both([512] * 80 + [8], [384] * 80 + [3], freq=8, order="time"))
 
 
 def test_shared() -> None:

@@ -41,7 +41,9 @@ VARIANTS: dict[str, MelSpec] = {name: spec for spec, name in {preset(n).mel: n f
     "clip_mean": replace(PLAIN, remove_mean=True, frame_preemphasis=0.5),
     "clip_mean_emphasised": replace(PLAIN, remove_mean=True, wave_preemphasis=0.97, framing="centre"),
     "magnitude": replace(PLAIN, power=1.0, log="add", n_mels=23, wave_scale=2.0**15),
-    "odd": replace(PLAIN, win_length=333, n_fft=500, hop=77, framing="centre", n_mels=17, offset=4.5, divisor=5.0),
+    "odd": replace(
+        PLAIN, win_length=333, n_fft=500, hop=77, framing="centre", n_mels=17, offset=4.5, divisor=5.0
+    ),
     "long_hop": replace(PLAIN, hop=1000, win_length=401, remove_dc=True),
 }
 each_variant = pytest.mark.parametrize("spec", VARIANTS.values(), ids=VARIANTS.keys())
@@ -51,7 +53,11 @@ def wave(n: int, seed: int = 0) -> Tensor:
     """Loud low tones, a click and quiet noise, away from 0."""
     g = torch.Generator().manual_seed(seed)
     t = torch.arange(n, dtype=torch.float64) / 16_000
-    x = 0.03 + 0.5 * torch.sin(2 * math.pi * 187.0 * t) + 1e-4 * torch.randn(n, generator=g, dtype=torch.float64)
+    x = (
+        0.03
+        + 0.5 * torch.sin(2 * math.pi * 187.0 * t)
+        + 1e-4 * torch.randn(n, generator=g, dtype=torch.float64)
+    )
     x[n // 2 : n // 2 + 1] += 0.3
     return x.float()
 
@@ -76,7 +82,8 @@ def test_as_accurate_as_the_reference(spec: MelSpec, level: int) -> None:
     )
 
 
-SIZES = [2, 4, 6, 8, 10, 12, 16, 18, 20, 24, 30, 32, 40, 48, 50, 54, 64, 90, 128, 162, 240, 250, 256, 800, 1024, 2048]
+SIZES = [2, 4, 6, 8, 10, 12, 16, 18, 20, 24, 30, 32, 40, 48, 50, 54, 64, 90]
+SIZES += [128, 162, 240, 250, 256, 800, 1024, 2048]
 
 
 @pytest.mark.parametrize("n_fft", SIZES)

@@ -23,7 +23,9 @@ pytestmark = pytest.mark.skipif(_native.cpu() is None, reason="no native library
 GRIDS = [(8, 16, 16), (1, 128, 2), (3, 5, 7), (1, 1, 2), (2, 31, 1), (1, 128, 32)]
 
 
-def problem(grid: tuple[int, int, int], order: str, n_frames: tuple[int, ...] = (50, 1, 0, 33)) -> dict[str, Any]:
+def problem(
+    grid: tuple[int, int, int], order: str, n_frames: tuple[int, ...] = (50, 1, 0, 33)
+) -> dict[str, Any]:
     freq, patch_freq, patch_time = grid
     g = torch.Generator().manual_seed(patch_freq)
     tokens = [freq * (-(-n // patch_time)) for n in n_frames]
@@ -57,7 +59,9 @@ def bound(arguments: dict[str, Any], implementation: str, norm_pix_loss: bool) -
 
 def value_and_gradient(arguments: dict[str, Any], norm_pix_loss: bool) -> tuple[Tensor, Tensor]:
     pred = arguments["pred"].detach().requires_grad_()
-    loss = masked_patch_loss(**arguments | {"pred": pred}, norm_pix_loss=norm_pix_loss, implementation="native")
+    loss = masked_patch_loss(
+        **arguments | {"pred": pred}, norm_pix_loss=norm_pix_loss, implementation="native"
+    )
     return loss.detach(), torch.autograd.grad(3 * loss, pred)[0]
 
 
@@ -84,6 +88,20 @@ def test_every_instruction_set_gives_the_same_bits(
 
 
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_float64(grid: tuple[int, int, int], norm_pix_loss: bool, level: int) -> None:
+    arguments = problem(grid, "freq")
+    arguments |= {k: arguments[k].detach().double() for k in ("pred", "frames", "mean", "scale")}
+    pred = arguments["pred"].requires_grad_()
+    results = []
+    for implementation in ("native", "reference"):
+        loss = masked_patch_loss(**arguments, norm_pix_loss=norm_pix_loss, implementation=implementation)
+        results.append((loss, *torch.autograd.grad(loss, pred)))
+    for native, reference in zip(*results, strict=True):
+        torch.testing.assert_close(native, reference, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
 def test_threads_do_not_matter(norm_pix_loss: bool, threads: int) -> None:
     arguments = problem((8, 16, 16), "time", (500, 3, 700))
     loss, gradient = value_and_gradient(arguments, norm_pix_loss)
@@ -107,7 +125,9 @@ def test_nothing_masked() -> None:
 
 def test_strided_predictions_and_frames() -> None:
     arguments = problem((3, 5, 7), "freq")
-    strided = {k: torch.stack([arguments[k].detach(), arguments[k].detach()], 2)[:, :, 0] for k in ("pred", "frames")}
+    strided = {
+        k: torch.stack([arguments[k].detach(), arguments[k].detach()], 2)[:, :, 0] for k in ("pred", "frames")
+    }
     assert not strided["pred"].is_contiguous()
     assert all(
         map(torch.equal, value_and_gradient(arguments, True), value_and_gradient(arguments | strided, True))
@@ -126,7 +146,10 @@ def test_nothing_besides_its_inputs_is_saved() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"pred": torch.zeros(3, 4, dtype=torch.bfloat16)}, "in float32, not from torch.bfloat16 and torch.float32"),
+        (
+            {"pred": torch.zeros(3, 4, dtype=torch.bfloat16)},
+            "in float32 or in float64, not torch.bfloat16 and torch.float32",
+        ),
         (
             {
                 "pred": torch.zeros(3, LARGEST_PATCH + 1),

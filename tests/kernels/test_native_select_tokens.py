@@ -73,7 +73,7 @@ def test_every_instruction_set(share: float, level: int) -> None:
 
 
 def test_threads(threads: int) -> None:
-    assert_equal(both([512] * 30 + SIZES, [100] * 30 + [n // 3 for n in SIZES]))
+    assert_equal(both([512] * 130 + SIZES, [100] * 130 + [n // 3 for n in SIZES]))
 
 
 def test_equal_words_go_to_the_lower_token(level: int) -> None:

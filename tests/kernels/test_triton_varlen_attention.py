@@ -77,18 +77,21 @@ def test_against_the_reference(lengths, heads, width, p, dtype) -> None:
 @needs_triton
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_peaked_and_flat_weights(dtype) -> None:
-    """Scores of up to some hundreds, whose largest moves from block to block, and scores of nearly 0."""
-    for size in (8.0, 1e-3):
+    """Scores of up to some tens, whose largest moves from block to block, and scores of nearly 0."""
+    for size in (2.0, 1e-3):
         tensors = inputs((70, 130), 1, 16, dtype, size)
         check_op(caller((70, 130), 0.0, "triton"), caller((70, 130), 0.0, "reference"), tensors)
 
 
 @needs_triton
-@pytest.mark.parametrize("lengths", [(1, 9, 33, 64), (127, 8)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_dropout_bits_are_those_of_the_reference(lengths, dtype) -> None:
+@pytest.mark.parametrize(
+    ("lengths", "heads", "dtype"),
+    [((1, 9, 33, 64), 2, torch.float32), ((8, 127), 1, torch.float16)],
+    ids=["short", "long"],
+)
+def test_dropout_bits_are_those_of_the_reference(lengths, heads, dtype) -> None:
     """With equal scores the output for v = unit vectors shows each kept weight, and so does dv in backward."""
-    heads, width, p, n_rows = 2, 64, 0.3, sum(lengths)
+    width, p, n_rows = 64, 0.3, sum(lengths)
     zeros = torch.zeros(n_rows, heads, width, dtype=dtype, device=DEVICE)
     row = torch.cat([torch.arange(n) for n in lengths]).to(DEVICE)
     key = keys(len(lengths))
@@ -122,10 +125,11 @@ def test_same_bits_twice(p) -> None:
 
 
 @needs_triton
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_clip_sees_neither_its_neighbours_nor_its_place() -> None:
     """NaN in the other clips changes nothing, and a clip gives the same bits alone, given its id."""
-    lengths, p = (40, 9, 66), 0.2
-    tensors = inputs(lengths, 2, 32, torch.float32)
+    lengths, p = (40, 9, 34), 0.2
+    tensors = inputs(lengths, 1, 32, torch.float32)
     poisoned = [x.detach().clone() for x in tensors]
     for x in poisoned:
         x[:40] = math.nan
@@ -134,9 +138,7 @@ def test_a_clip_sees_neither_its_neighbours_nor_its_place() -> None:
     results = []
     for leaves in (tensors, poisoned):
         out = caller(lengths, p, "triton")(*leaves)
-        results.append(
-            [x[40:49] for x in (out, *torch.autograd.grad(out, leaves, torch.ones_like(out)))]
-        )
+        results.append([x[40:49] for x in (out, *torch.autograd.grad(out, leaves, torch.ones_like(out)))])
     alone = [x.detach()[40:49].requires_grad_() for x in tensors]
     key = keys(3)
     out = varlen_attention(

@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ops of a training step at the sizes of a recipe: arguments, implementations, and what the work must cost.
+
+Clips are of unequal length, as in real data; tokens, masks, widths, heads, patches and front end are the recipe's.
+Costs are the least possible: every input byte is read once, every output byte written once, nothing is computed twice.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import masktrain.kernels.block_marks.op as block_marks
+import masktrain.kernels.dropout.op as dropout
+import masktrain.kernels.log_mel.op as log_mel
+import masktrain.kernels.mask_gather.op as mask_gather
+import masktrain.kernels.mask_scatter.op as mask_scatter
+import masktrain.kernels.masked_patch_loss.op as masked_patch_loss
+import masktrain.kernels.patch_info_nce.op as patch_info_nce
+import masktrain.kernels.philox.op as philox
+import masktrain.kernels.resample.op as resample
+import masktrain.kernels.select_tokens.op as select_tokens
+import masktrain.kernels.varlen_attention.op as varlen_attention
+from masktrain.kernels._dispatch import ENV, Implementation
+from masktrain.kernels.philox import Purpose
+from masktrain.masking.strategies import ChunkMasking
+from masktrain.training.recipe import Recipe
+from masktrain.types import MaskPlan, Spectrogram, StepKey, cumulative
+
+# op -> the module with its public function, and the name of its table of implementations there
+OPS: dict[str, tuple[ModuleType, str]] = {
+    "philox_words": (philox, "IMPLEMENTATIONS"),
+    "select_tokens": (select_tokens, "IMPLEMENTATIONS"),
+    "block_marks": (block_marks, "IMPLEMENTATIONS"),
+    "mask_gather": (mask_gather, "IMPLEMENTATIONS"),
+    "mask_scatter": (mask_scatter, "IMPLEMENTATIONS"),
+    "masked_patch_loss": (masked_patch_loss, "IMPLEMENTATIONS"),
+    "patch_info_nce": (patch_info_nce, "IMPLEMENTATIONS"),
+    "dropout": (dropout, "DROPOUT"),
+    "attention_keep_padded": (dropout, "ATTENTION_KEEP_PADDED"),
+    "varlen_attention": (varlen_attention, "IMPLEMENTATIONS"),
+    "resample": (resample, "IMPLEMENTATIONS"),
+    "log_mel": (log_mel, "IMPLEMENTATIONS"),
+}
+SEED = 20221
+# Shares of the recipe's clip length that the clips of a case have, in turn.
+LENGTHS = (1.0, 0.37, 0.83, 0.05, 0.61, 1.0, 0.94)
+
+
+def implementations(op: str) -> tuple[Implementation, ...]:
+    """Return the implementations of `op`, best first, as they are now."""
+    module, table = OPS[op]
+    found: tuple[Implementation, ...] = getattr(module, table)
+    return found
+
+
+@contextmanager
+def forced(implementation: str) -> Iterator[None]:
+    """Let every op that has it, also inside of other ops, take this implementation."""
+    before = os.environ.get(ENV)
+    os.environ[ENV] = implementation
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ENV]
+        else:
+            os.environ[ENV] = before
+
+
+@dataclass(frozen=True)
+class Cost:
+    """moved: bytes that have to be read and written. done: operations of the matrix products."""
+
+    moved: int
+    done: int = 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op with arguments.
+
+    call(*inputs, implementation=NAME) answers the output tensors; inputs are what may be drawn in another dtype and
+    differentiated (those that require a gradient). exact: the output is integers, which every implementation has to
+    give bit for bit. dtype: of the floating point inputs. backward: its cost, None where nothing is differentiated.
+    variant: options of the op that the sizes do not tell.
+    """
+
+    op: str
+    what: str
+    call: Callable[..., tuple[Tensor, ...]]
+    inputs: tuple[Tensor, ...]
+    dtype: torch.dtype
+    sizes: dict[str, int]
+    forward: Cost
+    backward: Cost | None = None
+    exact: bool = False
+    variant: str = ""
+
+    @property
+    def name(self) -> str:
+        """The recipe, its clips, and the variant of the op."""
+        return f"{self.what}, {self.variant}" if self.variant else self.what
+
+
+def lengths_of(frames: int, clips: int, patch_time: int) -> tuple[int, ...]:
+    """Return the frames of `clips` clips of at most `frames` frames, each of at least one patch."""
+    return tuple(max(patch_time, int(frames * LENGTHS[i % len(LENGTHS)])) for i in range(clips))
+
+
+class Problem:
+    """A batch of a recipe on a device: spectrogram, mask plan, and the key of its randomness."""
+
+    def __init__(
+        self, recipe: Recipe, device: torch.device, clips: int, frames: int | None = None, *, uniform: bool = False
+    ) -> None:
+        """frames: of the longest clip, by default as many as the recipe's clip length gives."""
+        self.recipe, self.device, self.grid = recipe, device, recipe.grid
+        longest = frames or recipe.frontend.frames_for(self.samples(recipe.frontend.sample_rate), recipe.frontend.sample_rate)
+        self.lengths = (longest,) * clips if uniform else lengths_of(longest, clips, self.grid.patch_time)
+        self.key = StepKey.make(SEED, 7, device)
+        generator = torch.Generator().manual_seed(SEED)
+        self.noise = partial(_noise, generator, device)
+        ids = torch.randint(0, 1 << 31, (clips,), generator=generator).to(device)
+        frames_ = self.noise((sum(self.lengths), recipe.frontend.n_mels), torch.float32) - 5
+        self.spectrogram = Spectrogram(frames_, self.lengths, cumulative(self.lengths, torch.int64, device), ids)
+        self.layout = self.grid.layout(self.spectrogram)
+        self.plan = self._plan()
+        self.mean = torch.full((1,), -5.0, device=device)
+        self.scale = torch.full((1,), 0.5, device=device)
+
+    def _plan(self) -> MaskPlan:
+        """The plan by the references on the CPU: a kernel that is wrong must not lead others out of bounds."""
+        on_cpu = replace(
+            self.spectrogram,
+            frames=self.spectrogram.frames.cpu(),
+            cu_frames=self.spectrogram.cu_frames.cpu(),
+            clip_ids=self.spectrogram.clip_ids.cpu(),
+        )
+        with forced("reference"):
+            plan = self.recipe.masking.plan(self.grid.layout(on_cpu), StepKey.make(SEED, 7, "cpu"))
+        tensors = {name: getattr(plan, name).to(self.device) for name in ("visible", "masked", "cu_visible", "cu_masked")}
+        return replace(plan, layout=self.layout, **tensors)
+
+    def samples(self, rate: int) -> int:
+        """Samples of a clip of the recipe's length at `rate`."""
+        return round((self.recipe.data.clip_seconds or 10.0) * rate)
+
+
+def _noise(
+    generator: torch.Generator, device: torch.device, shape: Sequence[int], dtype: torch.dtype, grad: bool = False
+) -> Tensor:
+    drawn = torch.randn(tuple(shape), generator=generator)
+    return drawn.to(device, dtype).requires_grad_(grad)
+
+
+def cases(problem: Problem, dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
+    """Yield the cases of every op of a step of the recipe, float32 first."""
+    what = f"{problem.recipe.name} {problem.recipe.size}, {len(problem.lengths)} clips"
+    for make in (_random, _frontend):
+        yield from make(problem, what)
+    for dtype in dtypes:
+        for make_in in (_patches, _rows, _attention):
+            yield from make_in(problem, what, dtype)
+
+
+def _tuple(function: Callable[..., Any], first_only: bool = False) -> Callable[..., tuple[Tensor, ...]]:
+    def call(*inputs: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        found = function(*inputs, **options)
+        if isinstance(found, Tensor):
+            return (found,)
+        return (found[0],) if first_only else tuple(found)
+
+    return call
+
+
+def _random(problem: Problem, what: str) -> Iterator[Case]:
+    """What draws: integers, the same bits everywhere."""
+    layout, key, clips = problem.layout, problem.key, len(problem.lengths)
+    tokens, n_visible = layout.lengths, problem.plan.n_visible
+    total, longest = sum(tokens), max(tokens)
+    sizes = {"clips": clips, "tokens": total}
+    common: dict[str, Any] = {"dtype": torch.int64, "exact": True}
+
+    words = partial(philox.philox_words, n=longest, purpose=Purpose.MASK)
+    yield Case(
+        "philox_words", what, _tuple(lambda c, i, **o: words(c, i, **o)), (key.counter, layout.clip_ids),
+        sizes={"clips": clips, "words": longest}, forward=Cost(clips * longest * 8), **common,
+    )  # fmt: skip
+
+    def select(cu: Tensor, counter: Tensor, ids: Tensor, classes: Tensor | None = None, **options: Any) -> Any:
+        return select_tokens.select_tokens(cu, tokens, n_visible, counter, ids, classes=classes, **options)
+
+    place = (layout.cu_tokens, key.counter, layout.clip_ids)
+    yield Case("select_tokens", what, _tuple(select), place, sizes=sizes, forward=Cost(4 * total), **common)
+    masking = problem.recipe.masking
+    if not isinstance(masking, ChunkMasking):
+        return
+
+    def mark(cu: Tensor, counter: Tensor, ids: Tensor, **options: Any) -> Tensor:
+        n_marked = tuple(n - v for n, v in zip(tokens, n_visible, strict=True))
+        return block_marks.block_marks(
+            cu, tokens, n_marked, counter, ids, freq=problem.grid.freq, order=problem.grid.order,
+            sides=masking.sides, growth=masking.growth, truncation=masking.truncation,
+            spare_first=masking.spare_first, **options,
+        )  # fmt: skip
+
+    yield Case("block_marks", what, _tuple(mark), place, sizes=sizes, forward=Cost(total), **common)
+    with forced("reference"):
+        marks = mark(*(x.cpu() for x in place)).to(problem.device)
+    yield Case(
+        "select_tokens", what, _tuple(select), (*place, marks), sizes=sizes, forward=Cost(5 * total),
+        variant="with classes", **common,
+    )  # fmt: skip
+
+
+def _frontend(problem: Problem, what: str) -> Iterator[Case]:
+    """Waveform to log-mel; a few clips, since every clip is the same work."""
+    mel = problem.recipe.frontend.mel
+    clips = min(4, len(problem.lengths))
+    for op, rate in (("resample", 44100), ("log_mel", mel.sample_rate)):
+        full = problem.samples(rate) * max(problem.lengths) // problem.recipe.frontend.frames_for(problem.samples(rate), rate)
+        lengths = tuple(max(rate // 10, int(full * LENGTHS[i])) for i in range(clips))
+        wave = (0.1 * problem.noise((sum(lengths),), torch.float32)).clamp(-1, 1)
+        if op == "resample":
+            function = partial(_resample, lengths=lengths, rate=rate, target=mel.sample_rate)
+            written = sum(-(-n * mel.sample_rate // rate) for n in lengths)
+        else:
+            function = partial(_log_mel, lengths=lengths, spec=mel)
+            written = sum(mel.frames(n) for n in lengths) * mel.n_mels
+        yield Case(
+            op, what, _tuple(function, first_only=True), (wave,), torch.float32,
+            {"clips": clips, "samples": sum(lengths), "rate": rate}, Cost(4 * (sum(lengths) + written)),
+        )  # fmt: skip
+
+
+def _resample(wave: Tensor, *, lengths: tuple[int, ...], rate: int, target: int, **options: Any) -> Any:
+    return resample.resample(wave, lengths, (rate,) * len(lengths), target, **options)
+
+
+def _log_mel(wave: Tensor, *, lengths: tuple[int, ...], spec: Any, **options: Any) -> Any:
+    return log_mel.log_mel(wave, lengths, spec, **options)
+
+
+def _patches(problem: Problem, what: str, dtype: torch.dtype) -> Iterator[Case]:
+    """What reads patches of the spectrogram, and the losses."""
+    grid, plan, layout, size = problem.grid, problem.plan, problem.layout, dtype.itemsize
+    values, frames = grid.patch_values, problem.spectrogram.frames
+    n_visible, n_masked = len(plan.visible), len(plan.masked)
+    patches: dict[str, Any] = {
+        "freq": grid.freq, "patch_freq": grid.patch_freq, "patch_time": grid.patch_time, "order": grid.order,
+    }  # fmt: skip
+
+    def gather(frames: Tensor, mean: Tensor, scale: Tensor, **options: Any) -> Tensor:
+        wanted = torch.float64 if frames.dtype == torch.float64 else dtype
+        return mask_gather.mask_gather(
+            frames, layout.cu_frames, layout.cu_tokens, plan.visible, mean=mean, scale=scale, dtype=wanted,
+            **patches, **options,
+        )  # fmt: skip
+
+    data = (frames, problem.mean, problem.scale)
+    yield Case(
+        "mask_gather", what, _tuple(gather), data, dtype, {"tokens": n_visible, "values": values},
+        Cost(n_visible * values * (4 + size)),
+    )  # fmt: skip
+
+    pred = problem.noise((n_masked, values), dtype, True)
+    sizes = {"tokens": n_masked, "values": values}
+    for norm in (False, True):
+
+        def loss(pred: Tensor, frames: Tensor, mean: Tensor, scale: Tensor, norm: bool = norm, **options: Any) -> Tensor:
+            return masked_patch_loss.masked_patch_loss(
+                pred, frames, layout.cu_frames, layout.cu_tokens, plan.masked, mean=mean, scale=scale,
+                norm_pix_loss=norm, **patches, **options,
+            )  # fmt: skip
+
+        yield Case(
+            "masked_patch_loss", what, _tuple(loss), (pred, *data), dtype, sizes,
+            Cost(n_masked * values * (4 + size)), Cost(n_masked * values * (4 + 2 * size)),
+            variant="target standardised" if norm else "",
+        )  # fmt: skip
+
+    # float32 targets and products of about the size that they have in training
+    target = 0.3 * problem.noise((n_masked, values), torch.float32)
+    predicted = (0.3 * problem.noise((n_masked, values), torch.float32)).to(dtype).requires_grad_()
+    square = sum(n * n for n in plan.n_masked)
+
+    def contrast(pred: Tensor, target: Tensor, **options: Any) -> Tensor:
+        axis = problem.recipe.objective.info_nce_axis
+        return patch_info_nce.patch_info_nce(pred, target, plan.cu_masked, plan.n_masked, axis=axis, **options)
+
+    moved = n_masked * values
+    yield Case(
+        "patch_info_nce", what, _tuple(contrast), (predicted, target), dtype, sizes,
+        Cost(moved * (4 + size), 2 * values * square), Cost(moved * (4 + 2 * size), 2 * values * square),
+    )  # fmt: skip
+
+
+def _rows(problem: Problem, what: str, dtype: torch.dtype) -> Iterator[Case]:
+    """What is done to rows of the model's width."""
+    model, plan, size = problem.recipe.model, problem.plan, dtype.itemsize
+    width, n_visible, total = model.decoder_embed_dim, len(plan.visible), sum(problem.layout.lengths)
+    x = problem.noise((n_visible, width), dtype, True)
+    token = problem.noise((width,), torch.float32, True)
+
+    def scatter(x: Tensor, token: Tensor, **options: Any) -> Tensor:
+        return mask_scatter.mask_scatter(x, token, plan.visible, plan.masked, **options)
+
+    moved = (n_visible + total) * width * size
+    yield Case(
+        "mask_scatter", what, _tuple(scatter), (x, token), dtype, {"rows": total, "width": width}, Cost(moved), Cost(moved)
+    )
+
+    lengths = torch.tensor(problem.layout.lengths, device=problem.device)
+    ids = problem.layout.clip_ids.repeat_interleave(lengths, output_size=total)
+    starts = problem.layout.cu_tokens[:-1].long().repeat_interleave(lengths, output_size=total)
+    positions = torch.arange(total, device=problem.device) - starts
+    rows = problem.noise((total, width), dtype, True)
+
+    def drop(x: Tensor, **options: Any) -> Tensor:
+        return dropout.dropout(x, 0.1, problem.key.counter, ids, positions, site=4105, **options)
+
+    moved = 2 * total * width * size
+    yield Case("dropout", what, _tuple(drop), (rows,), dtype, {"rows": total, "width": width}, Cost(moved), Cost(moved))
+
+
+def _attention(problem: Problem, what: str, dtype: torch.dtype) -> Iterator[Case]:
+    """Attention of encoder and decoder, with and without dropout of its weights."""
+    model, plan, layout, key = problem.recipe.model, problem.plan, problem.layout, problem.key
+    if dtype == torch.float32:
+
+        def keep(zero: Tensor, **options: Any) -> Tensor:
+            return dropout.attention_keep_padded(
+                plan.n_visible, model.heads, 0.1, key.counter, layout.clip_ids, site=24, dtype=zero.dtype, **options
+            )
+
+        cells = len(plan.n_visible) * model.heads * max(plan.n_visible) ** 2
+        yield Case(
+            "attention_keep_padded", what, _tuple(keep), (torch.zeros((), device=problem.device),), dtype,
+            {"clips": len(plan.n_visible), "heads": model.heads, "longest": max(plan.n_visible)}, Cost(4 * cells),
+        )  # fmt: skip
+    stacks = {
+        "encoder": (plan.cu_visible, plan.n_visible, model.heads, model.embed_dim),
+        "decoder": (layout.cu_tokens, layout.lengths, model.decoder_heads, model.decoder_embed_dim),
+    }
+    for stack, (cu, lengths, heads, width) in stacks.items():
+        shape = (sum(lengths), heads, width // heads)
+        q, k, v = (problem.noise(shape, dtype, True) for _ in range(3))
+        square = sum(n * n for n in lengths)
+        for p in (0.0, 0.1):
+            function = partial(_attend, cu=cu, lengths=lengths, p=p, key=key, clip_ids=layout.clip_ids)
+            sizes = {"rows": shape[0], "longest": max(lengths), "heads": heads, "width": shape[2]}
+            moved, done = q.numel() * q.element_size(), 4 * width * square
+            yield Case(
+                "varlen_attention", what, _tuple(function), (q, k, v), dtype, sizes, Cost(4 * moved, done),
+                Cost(8 * moved, 2 * done), variant=f"{stack}, dropout {p:g}",
+            )  # fmt: skip
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, *, cu: Tensor, lengths: tuple[int, ...], p: float, key: StepKey, clip_ids: Tensor,
+    **options: Any,
+) -> Tensor:  # fmt: skip
+    return varlen_attention.varlen_attention(
+        q, k, v, cu, lengths, dropout_p=p, counter=key.counter, clip_ids=clip_ids, site=16, **options
+    )
