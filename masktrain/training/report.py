@@ -170,7 +170,9 @@ class Report:
                     f"{min(missing)}; curves and summary do without them."
                 )
 
-    def stepped(self, done: int, result: StepResult, loader: Loader, clips: Callable[[], list[str]], last: bool) -> None:
+    def stepped(
+        self, done: int, result: StepResult, loader: Loader, clips: Callable[[], list[str]], last: bool
+    ) -> None:
         """Take in a finished step, and log it where a row is due.
 
         clips: gives the paths of this rank's clips. Raises RunError when training has broken down, with the step's evidence

@@ -26,6 +26,14 @@ from masktrain.training.recipe import Recipe
 
 OK, WRONG, DEFINITION, UNAVAILABLE = "ok", "WRONG", "definition", "not here"
 DRAWS = 5
+# On a GPU a batch of whole clips. On a CPU short clips, so that all is done in about a minute: the references compute
+# their random words in plain PyTorch. Grid, widths, heads and patches are the recipe's in both.
+CLIPS = {"cpu": 3, "cuda": 24}
+FRAMES: dict[str, int | None] = {"cpu": 128, "cuda": None}
+DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.bfloat16, torch.float32, torch.float16),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,14 +136,14 @@ def _accuracy(case: Case, function: Callable[..., tuple[Tensor, ...]]) -> float:
 
 
 def _redrawn(inputs: tuple[Tensor, ...], draw: int) -> tuple[Tensor, ...]:
-    """Return the inputs with new random signs where they are differentiated; draw 0 are the inputs."""
-    if draw == 0:
-        return inputs
+    """Return the inputs with their values in another order where they are differentiated; draw 0 are the inputs."""
     generator = torch.Generator().manual_seed(draw)
-    signs = (torch.randint(0, 2, x.shape, generator=generator).to(x) * 2 - 1 for x in inputs)
-    return tuple(
-        (x.detach() * s).requires_grad_() if x.requires_grad else x for x, s in zip(inputs, signs, strict=True)
-    )
+
+    def shuffled(x: Tensor) -> Tensor:
+        order = torch.randperm(x.numel(), generator=generator).to(x.device)
+        return x.detach().flatten()[order].view(x.shape).requires_grad_()
+
+    return tuple(shuffled(x) if draw and x.requires_grad else x for x in inputs)
 
 
 def _reference(case: Case, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -172,16 +180,6 @@ def backward_of(case: Case, outputs: tuple[Tensor, ...]) -> Callable[[], tuple[T
     """Return what computes the gradients of the case's inputs, along one random direction for each output."""
     wanted, directions = [x for x in case.inputs if x.requires_grad], along(outputs)
     return lambda: torch.autograd.grad(outputs, wanted, directions, retain_graph=True)
-
-
-# On a GPU a batch of whole clips. On a CPU short clips, so that all is done in about a minute: the references compute
-# their random words in plain PyTorch. Grid, widths, heads and patches are the recipe's in both.
-CLIPS = {"cpu": 3, "cuda": 24}
-FRAMES: dict[str, int | None] = {"cpu": 250, "cuda": None}
-DTYPES = {
-    "cpu": (torch.float32, torch.bfloat16),
-    "cuda": (torch.bfloat16, torch.float32, torch.float16),
-}
 
 
 def verify(

@@ -77,6 +77,14 @@ def test_large_logits(axis) -> None:
 
 
 @pytest.mark.parametrize("axis", AXES)
+def test_logits_far_below_zero(axis) -> None:
+    """A column outside the clip has logit 0, whose weight overflows beside a log-sum-exp of -100 unless masked."""
+    pred, target = (x.detach() for x in inputs((40, 70), 32, torch.float32, torch.float32))
+    tensors = [(pred + 2.0).requires_grad_(), (target - 2.0).requires_grad_()]
+    check_op(caller((40, 70), axis, "triton"), caller((40, 70), axis, "reference"), tensors)
+
+
+@pytest.mark.parametrize("axis", AXES)
 def test_same_bits_twice_and_for_one_side_alone(axis) -> None:
     """The two gradients are computed apart, so each is the same without the other."""
     counts = (70, 3)

@@ -84,6 +84,22 @@ def test_peaked_and_flat_weights(dtype) -> None:
 
 
 @needs_triton
+def test_scores_far_below_zero() -> None:
+    """A column outside the clip has score 0, whose weight overflows beside a log-sum-exp of -300 unless masked.
+
+    A log-sum-exp of that size is itself rounded by 1e-5, and the weights with it.
+    """
+    lengths, results = (40, 70), []
+    q, k, v = (x.detach() for x in inputs(lengths, 1, 16, torch.float32))
+    for implementation in ("triton", "reference"):
+        tensors = [x.clone().requires_grad_() for x in (q + 9.0, k - 9.0, v)]
+        out = caller(lengths, 0.0, implementation)(*tensors)
+        results.append([out, *torch.autograd.grad(out, tensors, v)])
+    for got, want in zip(*results, strict=True):
+        assert (got - want).abs().max() <= 1e-3 * want.abs().max()
+
+
+@needs_triton
 @pytest.mark.parametrize(
     ("lengths", "heads", "dtype"),
     [((1, 9, 33, 64), 2, torch.float32), ((8, 127), 1, torch.float16)],
