@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains on real audio and keeps what the README shows of it: rows, summary, curve, reconstruction.
 
-    python benchmarks/real_audio_run.py --out benchmarks/results/cpu/real_audio -- COMMAND OPTIONS OF `masktrain run`
+python benchmarks/real_audio_run.py --out benchmarks/results/cpu/real_audio -- COMMAND OPTIONS OF `masktrain run`
 """
 
 from __future__ import annotations
@@ -29,7 +29,15 @@ def main() -> None:
     options = [o for o in arguments.run if o != "--"]
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        command = [sys.executable, "-c", "from masktrain.cli import main; main()", "run", *options, "--out", str(run)]
+        command = [
+            sys.executable,
+            "-c",
+            "from masktrain.cli import main; main()",
+            "run",
+            *options,
+            "--out",
+            str(run),
+        ]
         subprocess.run(command, check=True)
         arguments.out.mkdir(parents=True, exist_ok=True)
         for name in KEPT:

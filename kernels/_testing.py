@@ -31,12 +31,16 @@ class Inaccurate(AssertionError):
         self.ratio = ratio
 
 
-def assert_accurate(actual: Tensor, plain: Tensor, truth: Tensor, what: str = "output") -> float:
+def assert_accurate(
+    actual: Tensor, plain: Tensor, truth: Tensor, what: str = "output", *, slack: float = 1.0
+) -> float:
     """Assert that `actual` is as accurate as `plain`, both against `truth`; return error over what is allowed.
 
     actual: of the implementation under test. plain: of the reference in the same dtype on the same device.
     truth: of the reference in float64, finite. All of one shape. What is not floating point must be equal to
-    the truth. The ratio is the larger one of both norms, 0 where nothing differs. Raises Inaccurate.
+    the truth. The ratio is the larger one of both norms, 0 where nothing differs. slack: the largest error may be
+    so many times what is allowed, for a verdict on one draw: the largest of a few thousand errors fluctuates, their
+    2-norm does not. Raises Inaccurate.
     """
     _require(actual.shape == truth.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}")
     _require(actual.dtype == plain.dtype, f"{what}: {actual.dtype}, expected {plain.dtype}")
@@ -55,7 +59,7 @@ def assert_accurate(actual: Tensor, plain: Tensor, truth: Tensor, what: str = "o
         allowed = 2 * plain_error + eps * size
         ratio = error / allowed if allowed else (0.0 if error == 0 else math.inf)
         # Not `error > allowed`: NaN must fail.
-        if not error <= allowed:
+        if not error <= allowed * (slack if order == torch.inf else 1):
             raise Inaccurate(
                 f"{what}: {name} is {error:.3g}, allowed is {allowed:.3g} = 2 x {plain_error:.3g} of the "
                 f"reference + eps({actual.dtype}) x {size:.3g}",
@@ -77,20 +81,23 @@ def check_op(
     inputs: Sequence[Any],
     *,
     seed: int = 0,
+    slack: float = 1.0,
 ) -> float:
     """Assert that `implementation(*inputs)` and its gradients are as accurate as those of `reference`.
 
     inputs: positional arguments; gradients are taken for the tensors that require one, along random
     directions drawn from `seed`. Both functions return a tensor or a tuple of tensors, the reference in
     float64 for float64 inputs. The implementation runs with NaN in all memory that it allocates and does not
-    write. Returns the largest ratio of error to what is allowed. Raises Inaccurate.
+    write. Returns the largest ratio of error to what is allowed. slack: see `assert_accurate`. Raises Inaccurate.
     """
     with poisoned_memory():
         actual = _run(implementation, inputs, seed)
     plain = _run(reference, inputs, seed)
     truth = _run(reference, [_widen(x) for x in inputs], seed, directions=plain)
     _require(actual.keys() == plain.keys(), f"results {list(actual)}, expected {list(plain)}")
-    return max((assert_accurate(actual[what], plain[what], truth[what], what) for what in plain), default=0.0)
+    return max(
+        (assert_accurate(actual[what], plain[what], truth[what], what, slack=slack) for what in plain), default=0.0
+    )
 
 
 @contextmanager

@@ -44,11 +44,15 @@ def from_dict(cls: type[T], data: dict[str, Any], path: str = "") -> T:
     fields = {f.name: f for f in dataclasses.fields(target)}
     for name in data:
         if name != KIND and name not in fields:
-            raise ConfigError(f"{_join(path, name)}: {target.__name__} has no such field.{nearest(name, fields)}")
+            raise ConfigError(
+                f"{_join(path, name)}: {target.__name__} has no such field.{nearest(name, fields)}"
+            )
     values = {}
     for name in fields:
         if name not in data:
-            raise ConfigError(f"{_join(path, name)}: missing; it was written by another version of masktrain.")
+            raise ConfigError(
+                f"{_join(path, name)}: missing; it was written by another version of masktrain."
+            )
         values[name] = _build(hints[name], data[name], _join(path, name))
     return cast(T, target(**values))
 
@@ -64,7 +68,7 @@ def _members(hint: Any) -> list[Any]:
 
 
 def _class_for(hint: Any, kind: str | None, path: str) -> Any:
-    classes = [m for m in _members(hint) if dataclasses.is_dataclass(m)]
+    classes: list[Any] = [m for m in _members(hint) if dataclasses.is_dataclass(m)]
     if len(classes) == 1 and kind in (None, classes[0].__name__):
         return classes[0]
     for cls in classes:

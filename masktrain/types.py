@@ -147,7 +147,9 @@ class StepKey:
     @staticmethod
     def make(seed: int, step: int, device: torch.device | str) -> StepKey:
         """Return the key of `step`."""
-        return StepKey(torch.tensor([seed, step], dtype=torch.int64).to(device, non_blocking=True), seed, step)
+        return StepKey(
+            torch.tensor([seed, step], dtype=torch.int64).to(device, non_blocking=True), seed, step
+        )
 
 
 @dataclass(frozen=True)

@@ -12,22 +12,31 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
 import runs
 
 REPO = Path(__file__).resolve().parent.parent
 
 
 def call(*command: str | Path, cwd: Path, **variables: str) -> str:
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "MASKTRAIN", "VIRTUAL_ENV"))} | variables
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd=cwd, env=env, check=False)
+    env = {
+        k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "MASKTRAIN", "VIRTUAL_ENV"))
+    } | variables
+    done = subprocess.run(
+        [str(c) for c in command], capture_output=True, text=True, cwd=cwd, env=env, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-@pytest.mark.slow(covers=["pyproject.toml", "CMakeLists.txt", "csrc", "masktrain/__init__.py", "kernels/_native.py"])
+@pytest.mark.slow(
+    covers=["pyproject.toml", "CMakeLists.txt", "csrc", "masktrain/__init__.py", "kernels/_native.py"]
+)
 @pytest.mark.timeout(1200)
 def test_a_wheel_installed_elsewhere_trains(tmp_path: Path) -> None:
-    call(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path / "wheel", REPO, cwd=tmp_path)
+    call(
+        sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path / "wheel", REPO, cwd=tmp_path
+    )
     (wheel,) = (tmp_path / "wheel").iterdir()
     names = zipfile.ZipFile(wheel).namelist()
     assert wheel.name.split("-")[2:4] == ["py3", "none"]

@@ -157,6 +157,8 @@ def gradient_kernel(
         else:
             values = _load(x_ptr, xs, n, x_stride, d, WIDTH)
             acc = tl.dot(tl.trans(slope), values, acc, input_precision="ieee")
+    # A token by itself has no negatives: exactly no slope, however a compiler orders the sums.
+    acc *= tl.where(n > 1, 1.0, 0.0)
     out = out_ptr + (start + own[:, None]) * WIDTH + d[None, :]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(own[:, None] < n) & (d[None, :] < WIDTH))
 

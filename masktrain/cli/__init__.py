@@ -14,12 +14,13 @@ from importlib import import_module
 from masktrain import __version__
 from masktrain.errors import MasktrainError, nearest
 
-# name -> (module, one line); each module has `main(arguments)`
+# name -> (module, one line); each module has `main(arguments)`, which returns the exit status or None for 0
 COMMANDS = {
     "run": ("run", "pretrain a recipe: masktrain run --recipe mae_ast_frame [--data clips.csv]"),
     "recipes": ("recipes", "list, show NAME, diff A B"),
     "data": ("data", "index, stats, demo"),
-    "doctor": ("doctor", "which kernels, attention and data path serve here, and why"),
+    "doctor": ("doctor", "which kernels, attention and data path serve here, and why; --verify proves the kernels"),
+    "bench": ("bench", "kernels, attention: how fast each op is here"),
 }
 
 
@@ -66,12 +67,12 @@ def _run(arguments: list[str]) -> int:
     if name not in COMMANDS:
         return _refuse(f"no command {name!r}.{nearest(name, COMMANDS)} Commands: {', '.join(COMMANDS)}.")
     try:
-        import_module(f"masktrain.cli.{COMMANDS[name][0]}").main(rest)
+        status = import_module(f"masktrain.cli.{COMMANDS[name][0]}").main(rest)
     except SystemExit as done:
         if done.code == 1:  # rich's answer to a reader that has gone
             raise BrokenPipeError from done
         return int(done.code or 0)  # tyro has printed help
-    return 0
+    return int(status or 0)
 
 
 def _refuse(message: str) -> int:

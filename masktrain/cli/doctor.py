@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from masktrain.cli.options import parse, write_json
 class Options:
     """Say which kernels, attention and data path serve here, and what is missing."""
 
+    verify: bool = False
+    """Run each implementation against its reference: results, gradients and times; exit status 1 if one is wrong."""
     json: Path | None = None
     """Also write the report there."""
 
@@ -37,7 +39,11 @@ OPTIONAL = {
 }
 
 
-def main(arguments: list[str]) -> None:
+# whose sizes the kernels are verified at
+VERIFIED = tuple((name, size) for size in ("base", "tiny") for name in ("mae_ast_frame", "mae_ast_patch"))
+
+
+def main(arguments: list[str]) -> int:
     """Run `masktrain doctor`."""
     options = parse(Options, "doctor", arguments)
     machine, packages, ops, loader, missing = _machine(), _packages(), _ops(), _loader(), _not_supported()
@@ -48,10 +54,61 @@ def main(arguments: list[str]) -> None:
     _print_rows(console, "ops", ops)
     _print_pairs(console, "data path", loader)
     _print_pairs(console, "not supported or not measured", missing)
-    write_json(
-        options.json,
-        {"machine": machine, "packages": packages, "ops": ops, "loader": loader, "not_supported": missing},
-    )
+    report: dict[str, Any] = {"machine": machine, "packages": packages, "ops": ops, "loader": loader, "not_supported": missing}
+    wrong = 0
+    if options.verify:
+        report["verify"], wrong = _verify(console)
+    write_json(options.json, report)
+    return 1 if wrong else 0
+
+
+def _verify(console: Console) -> tuple[dict[str, Any], int]:
+    """Verify every kernel, print what was found, and return it with the number of wrong ones."""
+    from masktrain.recipes import find
+    from masktrain.training.distributed import pick_device
+    from masktrain.training.measure import Ceilings, Stopwatch
+    from masktrain.training.verify import UNAVAILABLE, WRONG, table_of_absent, verify
+
+    watch = Stopwatch(pick_device("auto"))
+    ceilings = Ceilings(watch)
+    recipes = [find(name, size) for name, size in VERIFIED]
+    verdicts = []
+    with console.status("verifying") as status:
+        for verdict in verify(recipes, watch.device, clock=(watch, ceilings)):
+            if not verdicts or verdict.op != verdicts[-1].op:
+                status.update(f"verifying {verdict.op}: {verdict.case}")
+            verdicts.append(verdict)
+    ran = [v for v in verdicts if v.status != UNAVAILABLE]
+    wrong = [v for v in ran if v.status == WRONG]
+    rows = [
+        {
+            "op": v.op,
+            "implementation": v.implementation,
+            "dtype": v.dtype,
+            "case": v.case,
+            "verdict": v.status,
+            "error ratio": _number(v.error_ratio),
+            "ms": _number(v.ms),
+            "backward ms": _number(v.backward_ms),
+            "MB moved": _number(v.moved and v.moved / 1e6),
+            "share": "-" if v.share is None else f"{v.share:.1%} of {v.bound}",
+        }
+        for v in ran
+    ]
+    _print_rows(console, f"verification on {watch.device}: each implementation against its reference", rows)
+    absent = [{"op": op, "implementation": name, "why": why} for op, name, why in table_of_absent(verdicts)]
+    if absent:
+        _print_rows(console, "implementations that cannot run here", absent)
+    print(f"Copy: {ceilings.copy / 1e9:.1f} GB/s, read and written together. Shares are of this, or of a matrix product.")
+    for v in wrong:
+        print(f"WRONG: {v.op}, {v.implementation}, {v.dtype}, {v.case}: {v.detail}")
+    checked = len(ran) - sum(v.implementation == "reference" and v.error_ratio is None for v in ran)
+    print(f"{checked} results checked, {len(wrong)} wrong.")
+    return {"copy_bytes_per_s": ceilings.copy, "wrong": len(wrong), "rows": [asdict(v) for v in verdicts]}, len(wrong)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
 
 
 def _print_pairs(console: Console, title: str, pairs: dict[str, str]) -> None:

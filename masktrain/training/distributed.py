@@ -99,11 +99,15 @@ def pick_device(request: str) -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if count == 0:
-            raise ConfigError("--device cuda: this machine shows no CUDA device; `masktrain doctor` says why.")
+            raise ConfigError(
+                "--device cuda: this machine shows no CUDA device; `masktrain doctor` says why."
+            )
         local = int(os.environ.get("LOCAL_RANK", 0))
         index = device.index if device.index is not None else local
         if index >= count:
-            raise ConfigError(f"--device: cuda:{index} was asked for; this machine has cuda:0 to cuda:{count - 1}.")
+            raise ConfigError(
+                f"--device: cuda:{index} was asked for; this machine has cuda:0 to cuda:{count - 1}."
+            )
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     return device

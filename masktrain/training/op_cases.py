@@ -91,7 +91,7 @@ class Case:
     call(*inputs, implementation=NAME) answers the output tensors; inputs are what may be drawn in another dtype and
     differentiated (those that require a gradient). exact: the output is integers, which every implementation has to
     give bit for bit. dtype: of the floating point inputs. backward: its cost, None where nothing is differentiated.
-    variant: options of the op that the sizes do not tell.
+    variant: options of the op that the sizes do not tell. packing: of attention, the cumulative lengths and the lengths.
     """
 
     op: str
@@ -104,6 +104,7 @@ class Case:
     backward: Cost | None = None
     exact: bool = False
     variant: str = ""
+    packing: tuple[Tensor, tuple[int, ...]] | None = None
 
     @property
     def name(self) -> str:
@@ -361,7 +362,7 @@ def _attention(problem: Problem, what: str, dtype: torch.dtype) -> Iterator[Case
             moved, done = q.numel() * q.element_size(), 4 * width * square
             yield Case(
                 "varlen_attention", what, _tuple(function), (q, k, v), dtype, sizes, Cost(4 * moved, done),
-                Cost(8 * moved, 2 * done), variant=f"{stack}, dropout {p:g}",
+                Cost(8 * moved, 2 * done), variant=f"{stack}, dropout {p:g}", packing=(cu, lengths),
             )  # fmt: skip
 
 

@@ -34,7 +34,9 @@ def choose(request: str, device: torch.device) -> Precision:
         return Precision("fp32", torch.float32, False, "asked for")
     if device.type == "cpu":
         if request == "fp16":
-            raise ConfigError("--precision fp16: not on a CPU, where it has no fast products; use fp32 or bf16.")
+            raise ConfigError(
+                "--precision fp16: not on a CPU, where it has no fast products; use fp32 or bf16."
+            )
         if request == "bf16":
             return Precision("bf16", torch.bfloat16, False, "asked for")
         return Precision("fp32", torch.float32, False, "the device is a CPU")
@@ -42,8 +44,12 @@ def choose(request: str, device: torch.device) -> Precision:
     capability = torch.cuda.get_device_capability(device)
     has_bf16 = capability >= (8, 0)
     if request == "bf16" and not has_bf16:
-        raise ConfigError(f"--precision bf16: {name} (sm_{capability[0]}{capability[1]}) has none; use fp16 or fp32.")
+        raise ConfigError(
+            f"--precision bf16: {name} (sm_{capability[0]}{capability[1]}) has none; use fp16 or fp32."
+        )
     if request == "bf16" or (request == "auto" and has_bf16):
-        return Precision("bf16", torch.bfloat16, False, "asked for" if request == "bf16" else f"{name} has it")
+        return Precision(
+            "bf16", torch.bfloat16, False, "asked for" if request == "bf16" else f"{name} has it"
+        )
     reason = "asked for" if request == "fp16" else f"{name} has no bf16"
     return Precision("fp16", torch.float16, True, reason)

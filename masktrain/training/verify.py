@@ -2,8 +2,8 @@
 """The proof that the kernels are right on this machine: each implementation that can run, against its reference.
 
 Floating point results and gradients are held to the rule of `masktrain.kernels._testing` (error against float64 at most
-twice that of the reference in the same dtype on the same device, plus eps times the size of the truth); integers have
-to equal those of the reference on the CPU, bit for bit.
+twice that of the reference in the same dtype on the same device, plus eps times the size of the truth), with SLACK on
+the largest error, since the verdict is on one draw; integers have to equal those of the reference on the CPU, bit for bit.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ from masktrain.training.op_cases import Case, Cost, Problem, cases, forced, impl
 from masktrain.training.recipe import Recipe
 
 OK, WRONG, DEFINITION, UNAVAILABLE = "ok", "WRONG", "definition", "not here"
-DRAWS = 5
+# The largest error of one draw may be so many times what is allowed; the 2-norm of the errors may not exceed it. Attention
+# by tiles differs from the reference in where it rounds: its largest error is up to 1.7 times the bound in some draws,
+# also in torch's own kernels, while its 2-norm stays at 0.6.
+SLACK = 2.0
 # On a GPU a batch of whole clips. On a CPU short clips, so that all is done in about a minute: the references compute
 # their random words in plain PyTorch. Grid, widths, heads and patches are the recipe's in both.
 CLIPS = {"cpu": 3, "cuda": 24}
@@ -41,7 +44,7 @@ class Verdict:
     """One implementation in one case.
 
     status: ok, WRONG, definition (the reference itself: nothing to compare), not here (it cannot run). detail: what is
-    wrong, or why it cannot run. error_ratio: error over what is allowed, at most 1 where it is right, 0 for integers,
+    wrong, or why it cannot run. error_ratio: error over what is allowed (the larger of both norms), 0 for integers,
     None where nothing was compared. ms, backward_ms: median. moved: bytes that forward has to read and write. share: of
     the ceiling (copied bytes or matrix products per second, whichever takes longer) that forward reaches.
     """
@@ -102,7 +105,7 @@ def _check(case: Case, name: str) -> float | None:
         return None
     function = partial(case.call, implementation=name)
     if not case.exact:
-        return _accuracy(case, function)
+        return check_op(function, partial(_reference, case), case.inputs, slack=SLACK)
     with poisoned_memory():
         actual = function(*case.inputs)
     wanted = _reference(case, *(x.cpu() for x in case.inputs))
@@ -110,40 +113,6 @@ def _check(case: Case, name: str) -> float | None:
         if ours.dtype != theirs.dtype or not torch.equal(ours.cpu(), theirs):
             raise Inaccurate(f"output {place}: differs from the reference on the CPU", math.inf)
     return 0.0
-
-
-def _accuracy(case: Case, function: Callable[..., tuple[Tensor, ...]]) -> float:
-    """Return the error ratio. Raises Inaccurate.
-
-    The largest of some thousand errors fluctuates from draw to draw, and with it the bound that the reference sets: a
-    ratio between 1 and 2 is decided by the median of DRAWS draws of the differentiated inputs.
-    """
-    reference, ratios = partial(_reference, case), []
-    for draw in range(DRAWS):
-        try:
-            ratios.append(check_op(function, reference, _redrawn(case.inputs, draw), seed=draw))
-        except Inaccurate as error:
-            if not error.ratio < 2:
-                raise
-            ratios.append(error.ratio)
-            last = error
-        if draw == 0 and ratios[0] <= 1:
-            return ratios[0]
-    median = sorted(ratios)[DRAWS // 2]
-    if median > 1:
-        raise Inaccurate(f"{last} (median ratio of {DRAWS} draws: {median:.3g})", median)
-    return median
-
-
-def _redrawn(inputs: tuple[Tensor, ...], draw: int) -> tuple[Tensor, ...]:
-    """Return the inputs with their values in another order where they are differentiated; draw 0 are the inputs."""
-    generator = torch.Generator().manual_seed(draw)
-
-    def shuffled(x: Tensor) -> Tensor:
-        order = torch.randperm(x.numel(), generator=generator).to(x.device)
-        return x.detach().flatten()[order].view(x.shape).requires_grad_()
-
-    return tuple(shuffled(x) if draw and x.requires_grad else x for x in inputs)
 
 
 def _reference(case: Case, *inputs: Tensor) -> tuple[Tensor, ...]:

@@ -84,6 +84,7 @@ def test_peaked_and_flat_weights(dtype) -> None:
 
 
 @needs_triton
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_scores_far_below_zero() -> None:
     """A column outside the clip has score 0, whose weight overflows beside a log-sum-exp of -300 unless masked.
 

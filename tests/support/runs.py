@@ -35,7 +35,9 @@ def start(*arguments: str | Path, threads: int = 1) -> subprocess.Popen[str]:
     )
 
 
-def masktrain(*arguments: str | Path, threads: int = 1, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def masktrain(
+    *arguments: str | Path, threads: int = 1, timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
     """Run `masktrain ARGUMENTS` to its end."""
     return subprocess.run(
         [*COMMAND, *map(str, arguments)],
@@ -55,7 +57,9 @@ def make_clips(folder: Path, count: int = 40, seed: int = 0) -> Path:
         rate = (8000, 16000, 22050)[i % 3]
         n = int(rate * rng.uniform(0.3, 1.2))
         t = np.arange(n) / rate
-        wave = 0.3 * np.sin(2 * np.pi * rng.uniform(100, 2000) * t * (1 + 0.2 * t)) + 0.02 * rng.standard_normal(n)
+        wave = 0.3 * np.sin(
+            2 * np.pi * rng.uniform(100, 2000) * t * (1 + 0.2 * t)
+        ) + 0.02 * rng.standard_normal(n)
         soundfile.write(folder / f"clip{i:03d}.{'wav' if i % 2 else 'flac'}", wave, rate, subtype="PCM_16")
     return folder
 

@@ -13,7 +13,9 @@ def test_an_exploding_loss_stops_the_run_and_leaves_its_evidence(tmp_path: Path)
     clips = runs.make_clips(tmp_path / "audio", 24)
     arguments = ["run", "--recipe", "mae_ast_frame", *runs.SMALL, "--steps", "40", "--data", clips]
     # without clipping, at this rate, weights leave every bound within a few steps
-    done = runs.masktrain(*arguments, "--optim.lr", "1e18", "--optim.clip-norm", "None", "--out", tmp_path / "run")
+    done = runs.masktrain(
+        *arguments, "--optim.lr", "1e18", "--optim.clip-norm", "None", "--out", tmp_path / "run"
+    )
     assert done.returncode == 2, done.stdout
     assert "Training has broken down" in done.stderr and "Traceback" not in done.stderr
     (evidence,) = (tmp_path / "run").glob("breakdown_step_*.json")

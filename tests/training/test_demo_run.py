@@ -10,15 +10,18 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import runs
 import torch
+
+import runs
 
 
 def run_demo(tmp_path: Path, *arguments: str, **variables: str) -> Path:
     """Run the demo in an empty folder with a cache of its own and return the run's folder."""
     env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), **variables}
     command = [*runs.COMMAND, "run", "--recipe", "mae_ast_frame", "--device", "cpu", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=900, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=900, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "No --data" in done.stdout.splitlines()[0]
     assert "size tiny" in done.stdout
@@ -97,5 +100,3 @@ def test_reference_and_native_kernels_train_alike(tmp_path: Path) -> None:
         serves = json.loads((tmp_path / name / "env.json").read_text())["kernels"]
         assert serves["dropout"]["serves"] == name
     torch.testing.assert_close(losses["native"], losses["reference"], rtol=1e-4, atol=0)
-
-

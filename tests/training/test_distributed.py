@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import runs
 import torch
 
+import runs
 from masktrain.data.order import check_shards
 from masktrain.errors import ConfigError
 from masktrain.recipes import find
@@ -40,7 +40,9 @@ def audio(step: int, first: int, count: int) -> AudioBatch:
     return AudioBatch(samples, tuple(lengths), tuple(rates), ids, torch.zeros_like(ids))
 
 
-def run_steps(world: World, accumulation: int, dtype: torch.dtype, recipe_name: str) -> dict[str, torch.Tensor]:
+def run_steps(
+    world: World, accumulation: int, dtype: torch.dtype, recipe_name: str
+) -> dict[str, torch.Tensor]:
     """Return weights, running statistics and the numbers of each step after STEPS steps."""
     recipe = find(recipe_name, "tiny")
     model = replace(
@@ -69,7 +71,14 @@ def run_steps(world: World, accumulation: int, dtype: torch.dtype, recipe_name: 
     torch.manual_seed(0)
     net = MaeAst(recipe.model, recipe.grid, recipe.input_norm).to(dtype)
     resolved = schedule.resolve(recipe.schedule, STEPS, 1e-3)
-    step = Step(recipe, net, optim.build(net, recipe.optim, 1e-3), resolved, world, precision.choose("fp32", world.device))
+    step = Step(
+        recipe,
+        net,
+        optim.build(net, recipe.optim, 1e-3),
+        resolved,
+        world,
+        precision.choose("fp32", world.device),
+    )
     per_rank = CLIPS // world.size
     micro = per_rank // accumulation
     out: dict[str, torch.Tensor] = {}
@@ -101,10 +110,14 @@ leave()
 
 def torchrun(tmp_path: Path, accumulation: int, dtype: str, recipe: str) -> dict[str, torch.Tensor]:
     script, result = tmp_path / "worker.py", tmp_path / "result.pt"
-    script.write_text(WORKER.format(folder=str(Path(__file__).parent), support=str(Path(runs.__file__).parent)))
+    script.write_text(
+        WORKER.format(folder=str(Path(__file__).parent), support=str(Path(runs.__file__).parent))
+    )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(script), str(result), str(accumulation), dtype, recipe]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=runs.environment(), check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, env=runs.environment(), check=False
+    )
     assert done.returncode == 0, done.stderr
     return torch.load(result, weights_only=True)
 
@@ -148,9 +161,19 @@ def test_two_ranks_run_the_command(tmp_path: Path) -> None:
     assert alone.returncode == 0, alone.stderr
     script = tmp_path / "main.py"
     script.write_text("from masktrain.cli import main; main()")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(script),
+    ]
     command += [*arguments, "--out", str(tmp_path / "both")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=runs.environment(), check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, env=runs.environment(), check=False
+    )
     assert done.returncode == 0, done.stderr
     ours, theirs = runs.rows(tmp_path / "both"), runs.rows(tmp_path / "alone")
     assert [r["clip_ids"] for r in ours] == [r["clip_ids"] for r in theirs]

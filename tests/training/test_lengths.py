@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import runs
 import soundfile
+
+import runs
 
 RATE = 16000
 # seconds of the eight clips, all in each batch; Kaldi's frames: 1 + (samples - 400) // 160

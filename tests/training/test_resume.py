@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 import runs
 
 STEPS = 24
@@ -119,11 +120,20 @@ def test_a_finished_run_resumes_to_nothing(undisturbed: Path) -> None:
 def test_changed_clips_are_named(tmp_path: Path) -> None:
     clips = runs.make_clips(tmp_path / "audio", 24)
     out = tmp_path / "run"
-    arguments = ["run", "--recipe", "mae_ast_frame", *runs.SMALL, "--steps", "2", "--data", clips, "--out", out]
+    arguments = [
+        "run",
+        "--recipe",
+        "mae_ast_frame",
+        *runs.SMALL,
+        "--steps",
+        "2",
+        "--data",
+        clips,
+        "--out",
+        out,
+    ]
     assert runs.masktrain(*arguments).returncode == 0
     (clips / "clip000.flac").unlink()
     done = runs.masktrain("run", "--resume", out)
     assert done.returncode == 2
     assert "clips are not those" in done.stderr
-
-

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import runs
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import runs
 from masktrain.data.index import index_manifest
 from masktrain.data.readers import load_manifest
 from masktrain.errors import ConfigError
@@ -38,7 +38,9 @@ def test_assemble_undoes_mask_gather(
     order: str, freq: int, patch_freq: int, patch_time: int, columns: int, seed: int
 ) -> None:
     grid = TokenGrid(freq=freq, patch_freq=patch_freq, patch_time=patch_time, order=order, partial="drop")
-    frames = torch.randn(columns * patch_time, freq * patch_freq, generator=torch.Generator().manual_seed(seed))
+    frames = torch.randn(
+        columns * patch_time, freq * patch_freq, generator=torch.Generator().manual_seed(seed)
+    )
     lengths = (len(frames),)
     spectrogram = Spectrogram(frames, lengths, cumulative(lengths, torch.int64, "cpu"), torch.tensor([seed]))
     layout = grid.layout(spectrogram)
@@ -78,7 +80,14 @@ def test_split_is_disjoint_complete_and_fixed(tmp_path: Path) -> None:
 
 def test_summary_takes_the_means_that_it_names() -> None:
     rows = [
-        {"step": s, "loss": float(s), "loss_mse": 0.1 * s, "loss_max": 9.0, "clips_per_s": 1.0, "peak_memory_gib": s}
+        {
+            "step": s,
+            "loss": float(s),
+            "loss_mse": 0.1 * s,
+            "loss_max": 9.0,
+            "clips_per_s": 1.0,
+            "peak_memory_gib": s,
+        }
         for s in range(1, 41)
     ]
     for row in rows[1:6]:
