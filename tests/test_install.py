@@ -12,7 +12,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-
 import runs
 
 REPO = Path(__file__).resolve().parent.parent

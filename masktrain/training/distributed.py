@@ -116,8 +116,12 @@ def pick_device(request: str) -> torch.device:
 def join(request: str) -> World:
     """Join the run that torchrun's environment describes, or be alone where there is none."""
     device = pick_device(request)
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    size = os.environ.get("WORLD_SIZE", "1")
+    if not size.isdecimal() or int(size) < 1:
+        raise ConfigError(
+            f"WORLD_SIZE={size!r}: is not a number of ranks; start ranks with torchrun, or unset it."
+        )
+    if int(size) == 1:
         return World(0, 1, device, None)
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"

@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import runs
 import soundfile
 
-import runs
 from masktrain.data.decode import Crop, Decoded, try_crop
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]

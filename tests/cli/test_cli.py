@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import runs
 from masktrain.config import differences, flatten, from_dict, to_dict
 from masktrain.errors import ConfigError, MasktrainError
 from masktrain.recipes import RECIPES, SIZES, find

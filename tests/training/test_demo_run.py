@@ -10,9 +10,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import torch
-
 import runs
+import torch
 
 
 def run_demo(tmp_path: Path, *arguments: str, **variables: str) -> Path:

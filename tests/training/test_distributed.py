@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 import torch
 
-import runs
 from masktrain.data.order import check_shards
 from masktrain.errors import ConfigError
 from masktrain.recipes import find
 from masktrain.training import optim, precision, schedule
-from masktrain.training.distributed import World, pick_device
+from masktrain.training.distributed import World, join, pick_device
 from masktrain.training.step import Step
 from masktrain.types import AudioBatch
 
@@ -184,6 +184,13 @@ def test_two_ranks_run_the_command(tmp_path: Path) -> None:
 def test_a_batch_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ConfigError, match="8 or 10"):
         check_shards(9, 2, 1)
+
+
+@pytest.mark.parametrize("size", ["abc", "0", "-2", ""])
+def test_a_world_of_no_size_is_refused(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(ConfigError, match="torchrun"):
+        join("cpu")
 
 
 def test_an_absent_device_is_refused() -> None:

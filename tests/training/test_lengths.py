@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
-
 import runs
+import soundfile
 
 RATE = 16000
 # seconds of the eight clips, all in each batch; Kaldi's frames: 1 + (samples - 400) // 160

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import runs
 from masktrain.data.index import index_manifest
 from masktrain.data.readers import load_manifest
 from masktrain.errors import ConfigError
