@@ -42,7 +42,9 @@ def assert_accurate(
     so many times what is allowed, for a verdict on one draw: the largest of a few thousand errors fluctuates, their
     2-norm does not. Raises Inaccurate.
     """
-    _require(actual.shape == truth.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}")
+    _require(
+        actual.shape == truth.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
+    )
     _require(actual.dtype == plain.dtype, f"{what}: {actual.dtype}, expected {plain.dtype}")
     if not actual.is_floating_point():
         _require(torch.equal(actual, truth), f"{what}: differs from the reference")
@@ -96,7 +98,8 @@ def check_op(
     truth = _run(reference, [_widen(x) for x in inputs], seed, directions=plain)
     _require(actual.keys() == plain.keys(), f"results {list(actual)}, expected {list(plain)}")
     return max(
-        (assert_accurate(actual[what], plain[what], truth[what], what, slack=slack) for what in plain), default=0.0
+        (assert_accurate(actual[what], plain[what], truth[what], what, slack=slack) for what in plain),
+        default=0.0,
     )
 
 

@@ -95,7 +95,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     report = yield
-    if report.when == "call" and report.passed and item.config.getoption("--slow") == "all":
+    if report.when == "call" and report.passed and item.config.getoption("--slow") != "none":
         sources = dict(item.user_properties).get("sources")
         if sources:
             record = json.loads(RECORD.read_text()) if RECORD.exists() else {}

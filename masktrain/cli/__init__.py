@@ -19,7 +19,10 @@ COMMANDS = {
     "run": ("run", "pretrain a recipe: masktrain run --recipe mae_ast_frame [--data clips.csv]"),
     "recipes": ("recipes", "list, show NAME, diff A B"),
     "data": ("data", "index, stats, demo"),
-    "doctor": ("doctor", "which kernels, attention and data path serve here, and why; --verify proves the kernels"),
+    "doctor": (
+        "doctor",
+        "which kernels, attention and data path serve here, and why; --verify proves the kernels",
+    ),
     "bench": ("bench", "kernels, attention: how fast each op is here"),
 }
 

@@ -20,7 +20,20 @@ USAGE = """usage: masktrain bench kernels|attention [--device DEVICE] [--seconds
 RECIPES = ("mae_ast_frame", "mae_ast_patch")
 # 4000 and 64000 tokens on a GPU; on a CPU what the references finish in seconds.
 CLIPS = {"cpu": (4,), "cuda": (8, 128)}
-SHOWN = ("op", "provider", "mode", "dtype", "median_ms", "p20_ms", "p80_ms", "n", "roofline_share", "bound", "case", "detail")
+SHOWN = (
+    "op",
+    "provider",
+    "mode",
+    "dtype",
+    "median_ms",
+    "p20_ms",
+    "p80_ms",
+    "n",
+    "roofline_share",
+    "bound",
+    "case",
+    "detail",
+)
 
 
 @dataclass(frozen=True)
@@ -74,7 +87,13 @@ def main(arguments: list[str]) -> None:
     shown = set()
     for clips in CLIPS[device.type]:
         for row in bench(
-            recipes, GROUPS[action], watch, ceilings, clips=clips, seconds=options.seconds, compiled=options.compile
+            recipes,
+            GROUPS[action],
+            watch,
+            ceilings,
+            clips=clips,
+            seconds=options.seconds,
+            compiled=options.compile,
         ):
             rows.append(row)
             if row["op"] not in shown:

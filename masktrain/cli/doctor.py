@@ -54,7 +54,13 @@ def main(arguments: list[str]) -> int:
     _print_rows(console, "ops", ops)
     _print_pairs(console, "data path", loader)
     _print_pairs(console, "not supported or not measured", missing)
-    report: dict[str, Any] = {"machine": machine, "packages": packages, "ops": ops, "loader": loader, "not_supported": missing}
+    report: dict[str, Any] = {
+        "machine": machine,
+        "packages": packages,
+        "ops": ops,
+        "loader": loader,
+        "not_supported": missing,
+    }
     wrong = 0
     if options.verify:
         report["verify"], wrong = _verify(console)
@@ -67,12 +73,12 @@ def _verify(console: Console) -> tuple[dict[str, Any], int]:
     from masktrain.recipes import find
     from masktrain.training.distributed import pick_device
     from masktrain.training.measure import Ceilings, Stopwatch
-    from masktrain.training.verify import UNAVAILABLE, WRONG, table_of_absent, verify
+    from masktrain.training.verify import UNAVAILABLE, WRONG, Verdict, table_of_absent, verify
 
     watch = Stopwatch(pick_device("auto"))
     ceilings = Ceilings(watch)
     recipes = [find(name, size) for name, size in VERIFIED]
-    verdicts = []
+    verdicts: list[Verdict] = []
     with console.status("verifying") as status:
         for verdict in verify(recipes, watch.device, clock=(watch, ceilings)):
             if not verdicts or verdict.op != verdicts[-1].op:
@@ -99,12 +105,18 @@ def _verify(console: Console) -> tuple[dict[str, Any], int]:
     absent = [{"op": op, "implementation": name, "why": why} for op, name, why in table_of_absent(verdicts)]
     if absent:
         _print_rows(console, "implementations that cannot run here", absent)
-    print(f"Copy: {ceilings.copy / 1e9:.1f} GB/s, read and written together. Shares are of this, or of a matrix product.")
+    print(
+        f"Copy: {ceilings.copy / 1e9:.1f} GB/s, read and written together. Shares are of this, or of a matrix product."
+    )
     for v in wrong:
         print(f"WRONG: {v.op}, {v.implementation}, {v.dtype}, {v.case}: {v.detail}")
     checked = len(ran) - sum(v.implementation == "reference" and v.error_ratio is None for v in ran)
     print(f"{checked} results checked, {len(wrong)} wrong.")
-    return {"copy_bytes_per_s": ceilings.copy, "wrong": len(wrong), "rows": [asdict(v) for v in verdicts]}, len(wrong)
+    return {
+        "copy_bytes_per_s": ceilings.copy,
+        "wrong": len(wrong),
+        "rows": [asdict(v) for v in verdicts],
+    }, len(wrong)
 
 
 def _number(value: float | None) -> str:

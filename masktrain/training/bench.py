@@ -11,6 +11,7 @@ import subprocess
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from datetime import date
 from functools import partial
 from importlib import metadata
@@ -38,19 +39,22 @@ DTYPES = {"cpu": (torch.float32,), "cuda": (torch.bfloat16, torch.float32)}
 
 def provenance(device: torch.device) -> Row:
     """Return what a measurement was made with: device, versions, commit, date."""
-    row: Row = {"date": date.today().isoformat(), "commit": git_commit(Path(masktrain.__file__).resolve().parent)}
+    row: Row = {
+        "date": date.today().isoformat(),
+        "commit": git_commit(Path(masktrain.__file__).resolve().parent),
+    }
     row |= {"masktrain": masktrain.__version__, "torch": torch.__version__, "triton": None}
-    try:
+    with suppress(metadata.PackageNotFoundError):
         row["triton"] = metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        pass  # a normal machine
     if device.type != "cuda":
         return row | {"device": cpu_model(), "threads": torch.get_num_threads(), "cpus": os.cpu_count()}
     row |= {"device": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
     query = "power.limit,clocks.max.sm,clocks.max.mem,driver_version"
     try:
         command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id={device.index or 0}"]
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+        answer = subprocess.run(
+            command, capture_output=True, text=True, timeout=20, check=True
+        ).stdout.strip()
         row |= dict(zip(query.split(","), (part.strip() for part in answer.split(",")), strict=True))
     except (OSError, subprocess.SubprocessError, ValueError):
         row["power.limit"] = None
@@ -60,7 +64,9 @@ def provenance(device: torch.device) -> Row:
 def ceiling_rows(ceilings: Ceilings, dtypes: Sequence[torch.dtype]) -> list[Row]:
     """Return the calibration: copied bytes per second and operations per second of matrix products."""
     rows: list[Row] = [{"ceiling": "copy", "gb_per_s": ceilings.copy / 1e9}]
-    return rows + [{"ceiling": f"matrix {_name(d)}", "tflop_per_s": ceilings.matrix(d) / 1e12} for d in dtypes]
+    return rows + [
+        {"ceiling": f"matrix {_name(d)}", "tflop_per_s": ceilings.matrix(d) / 1e12} for d in dtypes
+    ]
 
 
 def bench(
@@ -97,7 +103,9 @@ def bench_case(
     for verdict in verify_case(case):
         name = verdict.implementation
         if verdict.status in (OK, DEFINITION):
-            providers["eager reference" if name == "reference" else name] = partial(case.call, implementation=name)
+            providers["eager reference" if name == "reference" else name] = partial(
+                case.call, implementation=name
+            )
         else:
             yield _row(case, name, "forward", status=verdict.status, detail=verdict.detail)
     providers |= _forms(case)
@@ -115,8 +123,16 @@ def bench_case(
                 warnings.simplefilter("ignore")
                 ready[name] = (provider, provider(*case.inputs))
         except Exception as error:
-            yield _row(case, name, "forward", status="cannot run", detail=f"{type(error).__name__}: {str(error)[:300]}")
-    works = {name: partial(provider, *case.inputs) for name, (provider, _) in ready.items()}
+            yield _row(
+                case,
+                name,
+                "forward",
+                status="cannot run",
+                detail=f"{type(error).__name__}: {str(error)[:300]}",
+            )
+    works: dict[str, Callable[[], tuple[Tensor, ...]]] = {
+        name: partial(provider, *case.inputs) for name, (provider, _) in ready.items()
+    }
     yield from _race(case, "forward", case.forward, works, watch, ceilings, seconds)
     if case.backward is not None:
         # compiled code frees what it saved unless told not to
@@ -137,12 +153,15 @@ def _race(
     fast, took = dict(works), {}
     for name, work in works.items():
         with forced("reference" if "reference" in name else "auto"):
+            work()  # compiles what is compiled
             begin = time.perf_counter()
             first = watch.once(work)()
             if time.perf_counter() - begin > SLOW:
                 took[name] = timing([first])
                 del fast[name]
-    rounds: dict[str, Callable[[], object]] = {name: partial(_forced, name, work) for name, work in fast.items()}
+    rounds: dict[str, Callable[[], object]] = {
+        name: partial(_forced, name, work) for name, work in fast.items()
+    }
     took |= watch.race(rounds, seconds * len(rounds)) if rounds else {}
     for name in works:
         yield _row(case, name, mode, status=OK, timing=took[name], cost=cost, ceilings=ceilings)
@@ -187,7 +206,13 @@ def _row(
     cost: Cost | None = None,
     ceilings: Ceilings | None = None,
 ) -> Row:
-    row: Row = {"op": case.op, "provider": provider, "mode": mode, "dtype": _name(case.dtype), "case": case.name}
+    row: Row = {
+        "op": case.op,
+        "provider": provider,
+        "mode": mode,
+        "dtype": _name(case.dtype),
+        "case": case.name,
+    }
     row |= {"sizes": case.sizes, "status": status, "detail": detail}
     if timing is not None and cost is not None and ceilings is not None:
         row |= {f"{q}_ms": 1000 * getattr(timing, q) for q in ("median", "p20", "p80")} | {"n": timing.n}

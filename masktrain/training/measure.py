@@ -127,4 +127,7 @@ def along(outputs: tuple[Tensor, ...], seed: int = 0) -> list[Tensor]:
     """Return a random direction for each output, to take gradients along."""
     device = outputs[0].device
     generator = torch.Generator(device).manual_seed(seed)
-    return [torch.randn(o.shape, generator=generator, dtype=torch.float32, device=device).to(o.dtype) for o in outputs]
+    return [
+        torch.randn(o.shape, generator=generator, dtype=torch.float32, device=device).to(o.dtype)
+        for o in outputs
+    ]

@@ -121,18 +121,28 @@ class Problem:
     """A batch of a recipe on a device: spectrogram, mask plan, and the key of its randomness."""
 
     def __init__(
-        self, recipe: Recipe, device: torch.device, clips: int, frames: int | None = None, *, uniform: bool = False
+        self,
+        recipe: Recipe,
+        device: torch.device,
+        clips: int,
+        frames: int | None = None,
+        *,
+        uniform: bool = False,
     ) -> None:
         """frames: of the longest clip, by default as many as the recipe's clip length gives."""
         self.recipe, self.device, self.grid = recipe, device, recipe.grid
-        longest = frames or recipe.frontend.frames_for(self.samples(recipe.frontend.sample_rate), recipe.frontend.sample_rate)
+        longest = frames or recipe.frontend.frames_for(
+            self.samples(recipe.frontend.sample_rate), recipe.frontend.sample_rate
+        )
         self.lengths = (longest,) * clips if uniform else lengths_of(longest, clips, self.grid.patch_time)
         self.key = StepKey.make(SEED, 7, device)
         generator = torch.Generator().manual_seed(SEED)
         self.noise = partial(_noise, generator, device)
         ids = torch.randint(0, 1 << 31, (clips,), generator=generator).to(device)
         frames_ = self.noise((sum(self.lengths), recipe.frontend.n_mels), torch.float32) - 5
-        self.spectrogram = Spectrogram(frames_, self.lengths, cumulative(self.lengths, torch.int64, device), ids)
+        self.spectrogram = Spectrogram(
+            frames_, self.lengths, cumulative(self.lengths, torch.int64, device), ids
+        )
         self.layout = self.grid.layout(self.spectrogram)
         self.plan = self._plan()
         self.mean = torch.full((1,), -5.0, device=device)
@@ -148,7 +158,10 @@ class Problem:
         )
         with forced("reference"):
             plan = self.recipe.masking.plan(self.grid.layout(on_cpu), StepKey.make(SEED, 7, "cpu"))
-        tensors = {name: getattr(plan, name).to(self.device) for name in ("visible", "masked", "cu_visible", "cu_masked")}
+        tensors = {
+            name: getattr(plan, name).to(self.device)
+            for name in ("visible", "masked", "cu_visible", "cu_masked")
+        }
         return replace(plan, layout=self.layout, **tensors)
 
     def samples(self, rate: int) -> int:
@@ -157,7 +170,11 @@ class Problem:
 
 
 def _noise(
-    generator: torch.Generator, device: torch.device, shape: Sequence[int], dtype: torch.dtype, grad: bool = False
+    generator: torch.Generator,
+    device: torch.device,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    grad: bool = False,
 ) -> Tensor:
     drawn = torch.randn(tuple(shape), generator=generator)
     return drawn.to(device, dtype).requires_grad_(grad)
@@ -197,7 +214,9 @@ def _random(problem: Problem, what: str) -> Iterator[Case]:
         sizes={"clips": clips, "words": longest}, forward=Cost(clips * longest * 8), **common,
     )  # fmt: skip
 
-    def select(cu: Tensor, counter: Tensor, ids: Tensor, classes: Tensor | None = None, **options: Any) -> Any:
+    def select(
+        cu: Tensor, counter: Tensor, ids: Tensor, classes: Tensor | None = None, **options: Any
+    ) -> Any:
         return select_tokens.select_tokens(cu, tokens, n_visible, counter, ids, classes=classes, **options)
 
     place = (layout.cu_tokens, key.counter, layout.clip_ids)
@@ -228,7 +247,11 @@ def _frontend(problem: Problem, what: str) -> Iterator[Case]:
     mel = problem.recipe.frontend.mel
     clips = min(4, len(problem.lengths))
     for op, rate in (("resample", 44100), ("log_mel", mel.sample_rate)):
-        full = problem.samples(rate) * max(problem.lengths) // problem.recipe.frontend.frames_for(problem.samples(rate), rate)
+        full = (
+            problem.samples(rate)
+            * max(problem.lengths)
+            // problem.recipe.frontend.frames_for(problem.samples(rate), rate)
+        )
         lengths = tuple(max(rate // 10, int(full * LENGTHS[i])) for i in range(clips))
         wave = (0.1 * problem.noise((sum(lengths),), torch.float32)).clamp(-1, 1)
         if op == "resample":
@@ -277,7 +300,9 @@ def _patches(problem: Problem, what: str, dtype: torch.dtype) -> Iterator[Case]:
     sizes = {"tokens": n_masked, "values": values}
     for norm in (False, True):
 
-        def loss(pred: Tensor, frames: Tensor, mean: Tensor, scale: Tensor, norm: bool = norm, **options: Any) -> Tensor:
+        def loss(
+            pred: Tensor, frames: Tensor, mean: Tensor, scale: Tensor, norm: bool = norm, **options: Any
+        ) -> Tensor:
             return masked_patch_loss.masked_patch_loss(
                 pred, frames, layout.cu_frames, layout.cu_tokens, plan.masked, mean=mean, scale=scale,
                 norm_pix_loss=norm, **patches, **options,
@@ -296,7 +321,9 @@ def _patches(problem: Problem, what: str, dtype: torch.dtype) -> Iterator[Case]:
 
     def contrast(pred: Tensor, target: Tensor, **options: Any) -> Tensor:
         axis = problem.recipe.objective.info_nce_axis
-        return patch_info_nce.patch_info_nce(pred, target, plan.cu_masked, plan.n_masked, axis=axis, **options)
+        return patch_info_nce.patch_info_nce(
+            pred, target, plan.cu_masked, plan.n_masked, axis=axis, **options
+        )
 
     moved = n_masked * values
     yield Case(
@@ -317,7 +344,14 @@ def _rows(problem: Problem, what: str, dtype: torch.dtype) -> Iterator[Case]:
 
     moved = (n_visible + total) * width * size
     yield Case(
-        "mask_scatter", what, _tuple(scatter), (x, token), dtype, {"rows": total, "width": width}, Cost(moved), Cost(moved)
+        "mask_scatter",
+        what,
+        _tuple(scatter),
+        (x, token),
+        dtype,
+        {"rows": total, "width": width},
+        Cost(moved),
+        Cost(moved),
     )
 
     lengths = torch.tensor(problem.layout.lengths, device=problem.device)
@@ -330,7 +364,16 @@ def _rows(problem: Problem, what: str, dtype: torch.dtype) -> Iterator[Case]:
         return dropout.dropout(x, 0.1, problem.key.counter, ids, positions, site=4105, **options)
 
     moved = 2 * total * width * size
-    yield Case("dropout", what, _tuple(drop), (rows,), dtype, {"rows": total, "width": width}, Cost(moved), Cost(moved))
+    yield Case(
+        "dropout",
+        what,
+        _tuple(drop),
+        (rows,),
+        dtype,
+        {"rows": total, "width": width},
+        Cost(moved),
+        Cost(moved),
+    )
 
 
 def _attention(problem: Problem, what: str, dtype: torch.dtype) -> Iterator[Case]:
@@ -340,7 +383,14 @@ def _attention(problem: Problem, what: str, dtype: torch.dtype) -> Iterator[Case
 
         def keep(zero: Tensor, **options: Any) -> Tensor:
             return dropout.attention_keep_padded(
-                plan.n_visible, model.heads, 0.1, key.counter, layout.clip_ids, site=24, dtype=zero.dtype, **options
+                plan.n_visible,
+                model.heads,
+                0.1,
+                key.counter,
+                layout.clip_ids,
+                site=24,
+                dtype=zero.dtype,
+                **options,
             )
 
         cells = len(plan.n_visible) * model.heads * max(plan.n_visible) ** 2

@@ -45,7 +45,7 @@ class Verdict:
 
     status: ok, WRONG, definition (the reference itself: nothing to compare), not here (it cannot run). detail: what is
     wrong, or why it cannot run. error_ratio: error over what is allowed (the larger of both norms), 0 for integers,
-    None where nothing was compared. ms, backward_ms: median. moved: bytes that forward has to read and write. share: of
+    None where nothing was compared or no number can say it. ms, backward_ms: median. moved: bytes that forward has to read and write. share: of
     the ceiling (copied bytes or matrix products per second, whichever takes longer) that forward reaches.
     """
 
@@ -65,7 +65,10 @@ class Verdict:
 
 
 def verify_case(
-    case: Case, names: Sequence[str] | None = None, clock: tuple[Stopwatch, Ceilings] | None = None, seconds: float = 0.0
+    case: Case,
+    names: Sequence[str] | None = None,
+    clock: tuple[Stopwatch, Ceilings] | None = None,
+    seconds: float = 0.0,
 ) -> Iterator[Verdict]:
     """Yield the verdict on each implementation of the case's op (only `names`).
 
@@ -89,7 +92,9 @@ def _verdict(case: Case, name: str, clock: tuple[Stopwatch, Ceilings] | None, se
             return found(status=UNAVAILABLE, detail=str(error).rpartition("cannot serve: ")[2])
         except Inaccurate as error:
             return found(
-                status=WRONG, detail=str(error), error_ratio=None if math.isnan(error.ratio) else error.ratio
+                status=WRONG,
+                detail=str(error),
+                error_ratio=error.ratio if math.isfinite(error.ratio) else None,
             )
         except Exception as error:
             return found(status=WRONG, detail=f"{type(error).__name__}: {error}")
@@ -152,7 +157,11 @@ def backward_of(case: Case, outputs: tuple[Tensor, ...]) -> Callable[[], tuple[T
 
 
 def verify(
-    recipes: Sequence[Recipe], device: torch.device, *, seconds: float = 0.05, clock: tuple[Stopwatch, Ceilings]
+    recipes: Sequence[Recipe],
+    device: torch.device,
+    *,
+    seconds: float = 0.05,
+    clock: tuple[Stopwatch, Ceilings],
 ) -> Iterator[Verdict]:
     """Yield the verdicts on all ops at the sizes of `recipes`, with times. seconds: for each time."""
     done = set()
