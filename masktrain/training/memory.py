@@ -30,7 +30,7 @@ class ExpectedMemory:
         """Return the line of the start block."""
         parts = ("weights", "gradients", "optimizer", "activations")
         listed = ", ".join(f"{name} {human_bytes(getattr(self, name))}" for name in parts)
-        return f"{human_bytes(self.total)} expected ({listed})"
+        return f"{human_bytes(self.total)} expected beside the runtime itself ({listed})"
 
 
 def expected_memory(model: nn.Module, activations: int) -> ExpectedMemory:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from masktrain import __version__
+from masktrain.kernels._dispatch import Choice
 from masktrain.models.flops import activation_bytes
 from masktrain.training.kernel_choices import kernel_choices
 from masktrain.training.memory import expected_memory
@@ -71,10 +72,20 @@ def start_block(trainer: Trainer) -> list[tuple[str, str]]:
             expected_memory(model, activation_bytes(model, _typical_tokens(trainer), per_rank)).describe(),
         ),
     ]
-    for choice in kernel_choices(world.device):
-        why = "; ".join(f"{name} not: {reason}" for name, reason in choice.passed_over)
-        lines.append((f"op {choice.op}", choice.name + (f" ({why})" if why else "")))
+    lines += _kernel_lines(kernel_choices(world.device))
     return lines + [("note", note) for note in trainer.spec.notes]
+
+
+def _kernel_lines(choices: tuple[Choice, ...]) -> list[tuple[str, str]]:
+    """Return one line for all ops with the same implementation and the same reasons."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for choice in choices:
+        why = "; ".join(f"{name} not: {reason}" for name, reason in choice.passed_over)
+        groups.setdefault((choice.name, why), []).append(choice.op)
+    return [
+        ("kernels", f"{name}: {', '.join(ops)}" + (f" ({why})" if why else ""))
+        for (name, why), ops in groups.items()
+    ]
 
 
 def _device_line(world: World) -> str:
