@@ -33,9 +33,17 @@ class Options:
 OPTIONAL = {
     "nvidia.dali": ("nvidia-dali-cuda130", "decoding audio", "soundfile decodes"),
     "triton": ("triton", "fused GPU kernels", "the reference and native forms of each op"),
-    "flash_attn": ("flash-attn", "attention on a GPU", "torch's own variable-length attention"),
-    "xformers": ("xformers", "attention on older GPUs", "torch's memory-efficient attention"),
-    "amp_C": ("NVIDIA apex, from source", "fused optimisers", "torch's fused AdamW"),
+    "flash_attn": (
+        "flash-attn",
+        "attention on a GPU; no op uses it yet",
+        "torch's own variable-length attention",
+    ),
+    "xformers": (
+        "xformers",
+        "attention on older GPUs; no op uses it yet",
+        "torch's memory-efficient attention",
+    ),
+    "amp_C": ("NVIDIA apex, from source", "fused optimisers; nothing uses it yet", "torch's fused AdamW"),
 }
 
 
@@ -209,6 +217,6 @@ def _loader() -> dict[str, str]:
 def _not_supported() -> dict[str, Any]:
     return {
         "GPU speed and memory": "not measured: nothing of this release has run on a GPU yet",
-        "V100 (sm_70)": "by construction only: fp16, torch's memory-efficient attention; not measured",
+        "V100 (sm_70)": "by construction only: fp16, padded attention through torch; not measured",
         "MP3 with DALI": "DALI decodes no MP3: soundfile does, and the log counts it",
     }
