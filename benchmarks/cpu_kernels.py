@@ -16,7 +16,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,9 @@ from masktrain.kernels.log_mel.filters import mel_filters
 from masktrain.kernels.mask_gather import mask_gather
 from masktrain.kernels.mask_scatter import mask_scatter
 from masktrain.kernels.masked_patch_loss import masked_patch_loss
+from masktrain.kernels.patch_mad import patch_mad
+from masktrain.kernels.resample import resample, resampled_length
+from masktrain.kernels.resample.reference import Plan, weight_matrix
 from masktrain.kernels.select_tokens import select_tokens
 from masktrain.training.run_dir import cpu_model
 
@@ -92,6 +95,36 @@ def log_mel_case(name: str, clips: int, seconds: int) -> Case:
         ours(lambda i: log_mel(x, lengths, spec, implementation=i)[0]) | {"torch.stft, mel, log": stft},
         {"clips": clips},
         1e-4,
+    )
+
+
+def resample_cases() -> Iterator[Case]:
+    for rate, target in ((44_100, 16_000), (48_000, 16_000), (8_000, 16_000), (44_100, 32_000)):
+        yield resample_case(rate, target, seconds=5)
+
+
+def resample_case(rate: int, target: int, seconds: int) -> Case:
+    """float64 results of float32 samples, as the front end asks for them. The baseline is one strided convolution with
+    all phases of the same filter: what published resamplers in PyTorch do."""
+    lengths = (rate * seconds,)
+    x = 0.1 * torch.randn(rate * seconds, generator=torch.Generator().manual_seed(0))
+    whole = Plan.make(rate, target)
+    one_period = replace(whole, advance=whole.down, outputs=whole.up, blocks=1, width=whole.up)
+    weights = weight_matrix(one_period, 0).T[:, None].contiguous()
+    count, reach = resampled_length(rate * seconds, rate, target), one_period.reach
+
+    def convolution() -> Tensor:
+        padded = torch.nn.functional.pad(x.double(), (reach, one_period.span + whole.down))
+        phases = torch.nn.functional.conv1d(padded[None, None], weights, stride=whole.down)
+        return phases[0].T.reshape(-1)[:count]
+
+    return Case(
+        "resample",
+        {"rate": rate, "target": target, "seconds": seconds},
+        ours(lambda i: resample(x, lengths, (rate,), target, dtype=torch.float64, implementation=i)[0])
+        | {"conv1d over phases": convolution},
+        {"seconds": seconds},
+        1e-13,
     )
 
 
@@ -178,28 +211,62 @@ def loss_case(normalise: bool) -> Case:
     )
 
 
+def mad_cases() -> Iterator[Case]:
+    for order in ("time", "freq"):
+        yield mad_case(order)
+
+
+def mad_case(order: str) -> Case:
+    clips = 64
+    data = spectrograms(clips, 1024)
+    axes = (0, 1, 3, 2, 4) if order == "time" else (0, 3, 1, 4, 2)
+
+    def eager() -> Tensor:
+        patches = ((data["frames"].view(clips, 64, 16, 8, 16) + 4.2) * 0.11).permute(axes).reshape(-1, 256)
+        return (patches - patches.mean(1, keepdim=True)).abs().mean(1)
+
+    return Case(
+        "patch_mad",
+        {"clips": clips, "frames": 1024, "bins": 128, "order": order},
+        ours(lambda i: patch_mad(**data, n_tokens=(512,) * clips, order=order, implementation=i))
+        | {"patchify, mean, abs, mean": eager},
+        {"GB": 4 * data["frames"].numel() / 1e9},
+    )
+
+
 def mask_scatter_cases() -> Iterator[Case]:
-    total, width = 64 * 512, 768
-    visible = some_tokens(total, 0.2)
+    for clips, width in ((1, 128), (8, 192), (64, 768)):
+        yield mask_scatter_case(clips, width)
+
+
+def mask_scatter_case(clips: int, width: int) -> Case:
+    """Both passes."""
+    total = clips * 512
+    visible = some_tokens(total, 0.25)
     hidden = torch.ones(total, dtype=torch.bool)
     hidden[visible.long()] = False
     masked = hidden.nonzero()[:, 0].to(torch.int32)
-    x, token = torch.randn(len(visible), width), torch.randn(width)
+    x = torch.randn(len(visible), width).requires_grad_()
+    token = torch.randn(width).requires_grad_()
     restore = torch.cat([visible, masked]).argsort()
-    copy, into = torch.randn(total, width), torch.empty(total, width)
-    yield Case(
+    direction, into = torch.randn(total, width), torch.empty(total, width)
+
+    def gradients(out: Tensor) -> Tensor:
+        return torch.cat([g.flatten() for g in torch.autograd.grad(out, (x, token), direction)])
+
+    return Case(
         "mask_scatter",
-        {"clips": 64, "tokens": 512, "width": width, "share": 0.2},
-        {
-            "reference": lambda: mask_scatter(x, token, visible, masked, implementation="reference"),
-            "cat, index_select": lambda: torch.cat([x, token.expand(len(masked), -1)]).index_select(
-                0, restore
+        {"clips": clips, "tokens": 512, "width": width, "share": 0.25, "pass": "both"},
+        ours(lambda i: gradients(mask_scatter(x, token, visible, masked, implementation=i)))
+        | {
+            "cat, index_select": lambda: gradients(
+                torch.cat([x, token.expand(len(masked), -1)]).index_select(0, restore)
             ),
-            "copy of the output": lambda: into.copy_(copy),
-            "copy into new memory": copy.clone,
+            "copy of the output": lambda: into.copy_(direction),
+            "copy into new memory": direction.clone,
         },
-        {"GB": 2 * 4 * copy.numel() / 1e9},
-        None,
+        {"GB": 4 * 4 * direction.numel() / 1e9},
+        1e-3,
     )
 
 
@@ -207,6 +274,7 @@ def selection_cases() -> Iterator[Case]:
     for clips in (64, 512):
         for with_classes in (False, True):
             yield selection_case(clips, with_classes)
+        yield weighted_case(clips)
 
 
 def selection_case(clips: int, with_classes: bool) -> Case:
@@ -228,6 +296,20 @@ def selection_case(clips: int, with_classes: bool) -> Case:
         {"clips": clips, "tokens": n, "visible": visible, "classes": with_classes},
         ours(lambda i: torch.cat(select_tokens(*arguments, classes=classes, implementation=i)))
         | {"rand, argsort": argsort, "multinomial": lambda: torch.multinomial(weights, visible)},
+        {"clips": clips},
+    )
+
+
+def weighted_case(clips: int) -> Case:
+    n, visible = 512, 128
+    cu = torch.arange(clips + 1, dtype=torch.int32) * n
+    arguments = (cu, (n,) * clips, (visible,) * clips, torch.tensor([1, 2]), torch.arange(clips))
+    scores = torch.rand(clips, n, generator=torch.Generator().manual_seed(3))
+    return Case(
+        "select_tokens",
+        {"clips": clips, "tokens": n, "visible": visible, "scores": True},
+        ours(lambda i: torch.cat(select_tokens(*arguments, scores=scores.view(-1), implementation=i)))
+        | {"multinomial": lambda: torch.multinomial(scores, n - visible)},
         {"clips": clips},
     )
 
@@ -272,8 +354,10 @@ def block_case(share: float, growth: str) -> Case:
 
 
 CASES = {
+    "resample": resample_cases,
     "log_mel": log_mel_cases,
     "mask_gather": mask_gather_cases,
+    "patch_mad": mad_cases,
     "mask_scatter": mask_scatter_cases,
     "masked_patch_loss": loss_cases,
     "select_tokens": selection_cases,

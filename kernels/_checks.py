@@ -54,13 +54,13 @@ def check_devices(op: str, **tensors: Tensor | None) -> None:
 
 def check_counts(op: str, name: str, counts: object, size: int | None = None) -> None:
     """Check that `counts` is a tuple of integers >= 0, one for each of `size` clips."""
-    if not isinstance(counts, tuple) or not all(type(n) is int for n in counts):
+    if not isinstance(counts, tuple) or not set(map(type, counts)) <= {int}:
         raise TypeError(f"{op}: {name} must be a tuple of int, received {counts!r:.80}.")
     if size is not None and len(counts) != size:
         raise ValueError(
             f"{op}: {name} must hold one number for each of {size} clips, received {len(counts)}."
         )
-    if any(n < 0 for n in counts):
+    if min(counts, default=0) < 0:
         raise ValueError(f"{op}: {name} must hold numbers >= 0, received {min(counts)}.")
 
 

@@ -20,7 +20,7 @@ import torch
 
 from masktrain.kernels._dispatch import KernelUnavailable
 
-ABI = 2
+ABI = 3
 ENV = "MASKTRAIN_LIB_DIR"
 FILE = "libmasktrain_cpu.so"
 BUILD = "cmake -S . -B build/dev -DCMAKE_BUILD_TYPE=Release && cmake --build build/dev"
@@ -44,16 +44,30 @@ SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "mt_attention_keep_f64": (None, [_P, _P, _P, _I64, _I64, _I64, _I64, _I64, _I64, _F64, _INT]),
     "mt_log_mel_f32": (None, _LOG_MEL),
     "mt_log_mel_f64": (None, _LOG_MEL),
+    "mt_resample_f32": (None, [_P, _P, _P, _I64, _P, *[_I64] * 6, _P, _INT]),
+    "mt_resample_f64": (None, [_P, _P, _P, _I64, _P, *[_I64] * 6, _P, _INT]),
     "mt_mask_gather_f32": (None, [_P, *_PATCHES, _INT]),
     "mt_mask_gather_f64": (None, [_P, *_PATCHES, _INT]),
+    "mt_mask_scatter": (None, [_P, _P, _P, _P, _I64, _P, _I64, _I64, _INT]),
+    "mt_mask_scatter_grad_f32": (None, [_P, _P, _P, _P, _I64, _P, _I64, _I64, _P, _INT]),
+    "mt_mask_scatter_grad_f64": (None, [_P, _P, _P, _P, _I64, _P, _I64, _I64, _P, _INT]),
     "mt_masked_patch_loss_f32": (None, [_P, _P, _P, *_PATCHES, _INT, _INT]),
     "mt_masked_patch_loss_grad_f32": (None, [_P, _P, _P, *_PATCHES, _INT, _INT]),
     "mt_masked_patch_loss_f64": (None, [_P, _P, _P, *_PATCHES, _INT, _INT]),
     "mt_masked_patch_loss_grad_f64": (None, [_P, _P, _P, *_PATCHES, _INT, _INT]),
-    "mt_select_tokens": (None, [_P, _P, _P, _P, _I64, _P, _P, _P, _I64, _INT, _P, _I64, _INT]),
+    "mt_patch_mad_f32": (None, [_P, *_PATCHES, _INT]),
+    "mt_patch_mad_f64": (None, [_P, *_PATCHES, _INT]),
+    "mt_window_attention_f32": (None, [*[_P] * 5, *[_I64] * 5, _INT]),
+    "mt_window_attention_f64": (None, [*[_P] * 5, *[_I64] * 5, _INT]),
+    "mt_window_attention_grad_f32": (None, [*[_P] * 9, *[_I64] * 5, _INT]),
+    "mt_window_attention_grad_f64": (None, [*[_P] * 9, *[_I64] * 5, _INT]),
+    "mt_select_tokens": (
+        None,
+        [_P, _P, _P, _P, _I64, _P, _P, _P, _I64, _P, _P, _I64, _INT, _P, _I64, _INT],
+    ),
     "mt_block_marks": (
         None,
-        [_P, _P, _P, _I64, _P, _P, _I64, _INT, _P, _I64, _INT, _INT, _INT, _INT, _P, _I64, _INT],
+        [_P, _P, _P, _I64, _P, _P, _I64, _INT, _P, _I64, _INT, _INT, _INT, _I64, _INT, _P, _I64, _INT],
     ),
 }
 
@@ -113,37 +127,42 @@ def _load() -> _Loaded:
     return _Loaded(None, None, first_reason or f"{FILE} is not built; {_remedy()}")
 
 
-def _candidates() -> Iterator[Path]:
+def _candidates(file: str = FILE) -> Iterator[Path]:
     """Where the library may lie, best first: the named folder alone; else as installed; else as built."""
     named = os.environ.get(ENV)
     if named:
-        yield Path(named) / FILE
+        yield Path(named) / file
         return
     # Not beside this file: an editable install leaves the sources where they are and the library elsewhere.
-    installed = importlib.resources.files("masktrain") / "_lib" / FILE
+    installed = importlib.resources.files("masktrain") / "_lib" / file
     if installed.is_file():
         yield Path(str(installed))
     checkout = Path(__file__).resolve().parents[1]
     if (checkout / "CMakeLists.txt").is_file():
-        yield from sorted((checkout / "build").rglob(FILE), key=lambda p: p.stat().st_mtime, reverse=True)
+        yield from sorted((checkout / "build").rglob(file), key=lambda p: p.stat().st_mtime, reverse=True)
 
 
-def _open(path: Path) -> _Loaded:
+def _open(
+    path: Path,
+    signatures: dict[str, tuple[type | None, list[type]]] = SIGNATURES,
+    abi: int = ABI,
+    build: str = BUILD,
+) -> _Loaded:
+    """Load the library at `path`; the first of `signatures` is the function that answers its interface version."""
     if not path.is_file():
-        return _Loaded(None, None, f"{path} does not exist, where {ENV} says it is; {_remedy()}")
+        return _Loaded(None, None, f"{path} does not exist, where {ENV} says it is; {_remedy(build)}")
     try:
         library = ctypes.CDLL(str(path))
-        library.mt_abi_version.restype = _INT
-        found = library.mt_abi_version()
-        if found != ABI:
-            return _Loaded(None, None, f"{path} has interface version {found}, not {ABI}; {_remedy()}")
-        for name, (result, arguments) in SIGNATURES.items():
+        found = getattr(library, next(iter(signatures)))()
+        if found != abi:
+            return _Loaded(None, None, f"{path} has interface version {found}, not {abi}; {_remedy(build)}")
+        for name, (result, arguments) in signatures.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
-        return _Loaded(None, None, f"{path} cannot be used ({error}); {_remedy()}")
+        return _Loaded(None, None, f"{path} cannot be used ({error}); {_remedy(build)}")
     return _Loaded(library, path, None)
 
 
-def _remedy() -> str:
-    return f"in the source tree, run `{BUILD}`, or install the package again."
+def _remedy(build: str = BUILD) -> str:
+    return f"in the source tree, run `{build}`, or install the package again."

@@ -72,6 +72,11 @@ def not_unasked(x: Tensor, *_: Any) -> str | None:
     return None
 
 
+def unmeasured(x: Tensor, *_: Any) -> str | None:
+    """As `not_unasked`, for a kernel that no GPU has measured yet."""
+    return not_unasked(x) or "the Triton kernel is not yet measured on a GPU"
+
+
 @torch.compiler.assume_constant_result
 def _why_not_cpu() -> str | None:
     if INTERPRETED:

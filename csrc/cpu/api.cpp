@@ -112,6 +112,20 @@ void mt_log_mel_f64(float* out, const double* samples, const int64_t* cu_samples
   MT_CALL(log_mel_f64, out, samples, cu_samples, cu_frames, clips, spec, workspace, threads);
 }
 
+void mt_resample_f32(float* out, const float* samples, const int64_t* clips, int64_t n_clips, const float* weights,
+                     int64_t up, int64_t down, int64_t advance, int64_t outputs, int64_t reach, int64_t span,
+                     float* workspace, int threads) {
+  const Resampling<float> plan = {weights, up, down, advance, outputs, reach, span};
+  MT_CALL(resample_f32, out, samples, clips, n_clips, plan, workspace, threads);
+}
+
+void mt_resample_f64(double* out, const double* samples, const int64_t* clips, int64_t n_clips, const double* weights,
+                     int64_t up, int64_t down, int64_t advance, int64_t outputs, int64_t reach, int64_t span,
+                     double* workspace, int threads) {
+  const Resampling<double> plan = {weights, up, down, advance, outputs, reach, span};
+  MT_CALL(resample_f64, out, samples, clips, n_clips, plan, workspace, threads);
+}
+
 void mt_mask_gather_f32(float* out, const float* frames, int64_t n_frames, int64_t bins, const int64_t* cu_frames,
                         const int32_t* cu_tokens, int64_t clips, const int32_t* index, int64_t count, const float* mean,
                         const float* scale, int64_t freq, int64_t patch_freq, int64_t patch_time, int by_time,
@@ -128,6 +142,44 @@ void mt_mask_gather_f64(double* out, const double* frames, int64_t n_frames, int
   const Patches<double> patches = {frames, n_frames, bins, cu_frames, cu_tokens, clips,
                                   mean, scale, freq, patch_freq, patch_time, by_time != 0};
   MT_CALL(mask_gather_f64, out, patches, index, count, threads);
+}
+
+void mt_patch_mad_f32(float* out, const float* frames, int64_t n_frames, int64_t bins, const int64_t* cu_frames,
+                      const int32_t* cu_tokens, int64_t clips, const int32_t* index, int64_t count, const float* mean,
+                      const float* scale, int64_t freq, int64_t patch_freq, int64_t patch_time, int by_time,
+                      int threads) {
+  const Patches<float> patches = {frames, n_frames, bins, cu_frames, cu_tokens, clips,
+                                 mean, scale, freq, patch_freq, patch_time, by_time != 0};
+  MT_CALL(patch_mad_f32, out, patches, index, count, threads);
+}
+
+void mt_patch_mad_f64(float* out, const double* frames, int64_t n_frames, int64_t bins, const int64_t* cu_frames,
+                      const int32_t* cu_tokens, int64_t clips, const int32_t* index, int64_t count, const double* mean,
+                      const double* scale, int64_t freq, int64_t patch_freq, int64_t patch_time, int by_time,
+                      int threads) {
+  const Patches<double> patches = {frames, n_frames, bins, cu_frames, cu_tokens, clips,
+                                  mean, scale, freq, patch_freq, patch_time, by_time != 0};
+  MT_CALL(patch_mad_f64, out, patches, index, count, threads);
+}
+
+void mt_mask_scatter(void* out, const void* x, const void* token, const int32_t* visible, int64_t n_visible,
+                     const int32_t* masked, int64_t n_masked, int64_t row_bytes, int threads) {
+  MT_CALL(mask_scatter, (char*)out, (const char*)x, (const char*)token, visible, n_visible, masked, n_masked, row_bytes,
+          threads);
+}
+
+void mt_mask_scatter_grad_f32(float* grad_x, double* grad_token, const float* grad, const int32_t* visible,
+                              int64_t n_visible, const int32_t* masked, int64_t n_masked, int64_t width,
+                              double* partial, int threads) {
+  MT_CALL(mask_scatter_grad_f32, grad_x, grad_token, grad, visible, n_visible, masked, n_masked, width, partial,
+          threads);
+}
+
+void mt_mask_scatter_grad_f64(double* grad_x, double* grad_token, const double* grad, const int32_t* visible,
+                              int64_t n_visible, const int32_t* masked, int64_t n_masked, int64_t width,
+                              double* partial, int threads) {
+  MT_CALL(mask_scatter_grad_f64, grad_x, grad_token, grad, visible, n_visible, masked, n_masked, width, partial,
+          threads);
 }
 
 void mt_masked_patch_loss_f32(float* out, double* partial, const float* pred, const float* frames, int64_t n_frames,
@@ -171,15 +223,42 @@ void mt_masked_patch_loss_grad_f64(double* out, const double* grad, const double
 
 void mt_select_tokens(int32_t* visible, int32_t* masked, const int64_t* cu_tokens, const int64_t* cu_visible,
                       int64_t clips, const int64_t* counter, const int64_t* clip_ids, const void* classes,
-                      int64_t class_bytes, int shared, int64_t* workspace, int64_t longest, int threads) {
-  MT_CALL(select_tokens, visible, masked, cu_tokens, cu_visible, clips, counter, clip_ids, classes, class_bytes,
-          shared != 0, workspace, longest, threads);
+                      int64_t class_bytes, const float* scores, const int32_t* log2_table, int64_t stream, int shared,
+                      int64_t* workspace, int64_t longest, int threads) {
+  MT_CALL(select_tokens, visible, masked, cu_tokens, cu_visible, clips, counter, clip_ids, classes, class_bytes, scores,
+          log2_table, stream, shared != 0, workspace, longest, threads);
 }
 
 void mt_block_marks(uint8_t* marks, const int64_t* cu_tokens, const int64_t* n_marked, int64_t clips,
                     const int64_t* counter, const int64_t* clip_ids, int64_t freq, int by_time, const int64_t* sides,
-                    int64_t n_sides, int clipped, int only_first, int spare_first, int shared, int64_t* workspace,
-                    int64_t room, int threads) {
+                    int64_t n_sides, int clipped, int only_first, int spare_first, int64_t stream, int shared,
+                    int64_t* workspace, int64_t room, int threads) {
   MT_CALL(block_marks, marks, cu_tokens, n_marked, clips, counter, clip_ids, freq, by_time != 0, sides, n_sides,
-          clipped != 0, only_first != 0, spare_first != 0, shared != 0, workspace, room, threads);
+          clipped != 0, only_first != 0, spare_first != 0, stream, shared != 0, workspace, room, threads);
+}
+
+void mt_window_attention_f32(float* out, const float* qkv, const float* tau, const float* bias, const int32_t* cu,
+                             int64_t windows, int64_t rows, int64_t heads, int64_t width, int64_t most, int threads) {
+  const WindowRows<float> x = {qkv, tau, bias, cu, windows, rows, heads, width, most};
+  MT_CALL(window_attention_f32, out, x, threads);
+}
+
+void mt_window_attention_grad_f32(float* grad_qkv, float* grad_tau, float* grad_bias, double* partial, const float* grad,
+                                  const float* qkv, const float* tau, const float* bias, const int32_t* cu, int64_t windows,
+                                  int64_t rows, int64_t heads, int64_t width, int64_t most, int threads) {
+  const WindowRows<float> x = {qkv, tau, bias, cu, windows, rows, heads, width, most};
+  MT_CALL(window_attention_grad_f32, grad_qkv, grad_tau, grad_bias, partial, grad, x, threads);
+}
+
+void mt_window_attention_f64(double* out, const double* qkv, const double* tau, const double* bias, const int32_t* cu,
+                             int64_t windows, int64_t rows, int64_t heads, int64_t width, int64_t most, int threads) {
+  const WindowRows<double> x = {qkv, tau, bias, cu, windows, rows, heads, width, most};
+  MT_CALL(window_attention_f64, out, x, threads);
+}
+
+void mt_window_attention_grad_f64(double* grad_qkv, double* grad_tau, double* grad_bias, double* partial, const double* grad,
+                                  const double* qkv, const double* tau, const double* bias, const int32_t* cu, int64_t windows,
+                                  int64_t rows, int64_t heads, int64_t width, int64_t most, int threads) {
+  const WindowRows<double> x = {qkv, tau, bias, cu, windows, rows, heads, width, most};
+  MT_CALL(window_attention_grad_f64, grad_qkv, grad_tau, grad_bias, partial, grad, x, threads);
 }

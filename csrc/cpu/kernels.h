@@ -32,6 +32,23 @@ struct Patches {
   bool by_time;
 };
 
+// How one ratio of rates is resampled, as the arguments of mt_resample_* in masktrain_c.h.
+template <typename T>
+struct Resampling {
+  const T* weights;
+  int64_t up, down, advance, outputs, reach, span;
+};
+
+// Rows cut into windows, as the arguments of mt_window_attention_* in masktrain_c.h.
+template <typename T>
+struct WindowRows {
+  const T* qkv;
+  const T* tau;
+  const T* bias;
+  const int32_t* cu;
+  int64_t windows, rows, heads, width, most;
+};
+
 #define MT_DECLARE_KERNELS(LEVEL)                                                                                     \
   namespace LEVEL {                                                                                                   \
   void philox_words(int64_t* out, const int64_t* counter, const int64_t* ids, int64_t rows, int64_t n,                \
@@ -52,7 +69,19 @@ struct Patches {
                    int64_t clips, const LogMel& spec, double* workspace, int threads);                                \
   void log_mel_f64(float* out, const double* samples, const int64_t* cu_samples, const int64_t* cu_frames,            \
                    int64_t clips, const LogMel& spec, double* workspace, int threads);                                \
+  void resample_f32(float* out, const float* samples, const int64_t* clips, int64_t n_clips,                          \
+                    const Resampling<float>& plan, float* workspace, int threads);                                    \
+  void resample_f64(double* out, const double* samples, const int64_t* clips, int64_t n_clips,                        \
+                    const Resampling<double>& plan, double* workspace, int threads);                                  \
   void mask_gather_f32(float* out, const Patches<float>& p, const int32_t* index, int64_t count, int threads);        \
+  void mask_scatter(char* out, const char* x, const char* token, const int32_t* visible, int64_t n_visible,           \
+                    const int32_t* masked, int64_t n_masked, int64_t row_bytes, int threads);                         \
+  void mask_scatter_grad_f32(float* grad_x, double* grad_token, const float* grad, const int32_t* visible,            \
+                             int64_t n_visible, const int32_t* masked, int64_t n_masked, int64_t width,               \
+                             double* partial, int threads);                                                           \
+  void mask_scatter_grad_f64(double* grad_x, double* grad_token, const double* grad, const int32_t* visible,          \
+                             int64_t n_visible, const int32_t* masked, int64_t n_masked, int64_t width,               \
+                             double* partial, int threads);                                                           \
   void masked_patch_loss_f32(float* out, double* partial, const float* pred, const Patches<float>& p,                 \
                              const int32_t* index, int64_t count, bool normalise, int threads);                       \
   void masked_patch_loss_grad_f32(float* out, const float* grad, const float* pred, const Patches<float>& p,          \
@@ -62,11 +91,20 @@ struct Patches {
                              const int32_t* index, int64_t count, bool normalise, int threads);                       \
   void masked_patch_loss_grad_f64(double* out, const double* grad, const double* pred, const Patches<double>& p,      \
                                   const int32_t* index, int64_t count, bool normalise, int threads);                  \
+  void patch_mad_f32(float* out, const Patches<float>& p, const int32_t* index, int64_t count, int threads);          \
+  void patch_mad_f64(float* out, const Patches<double>& p, const int32_t* index, int64_t count, int threads);         \
   void select_tokens(int32_t* visible, int32_t* masked, const int64_t* cu_tokens, const int64_t* cu_visible,          \
                      int64_t clips, const int64_t* counter, const int64_t* clip_ids, const void* classes,             \
-                     int64_t class_bytes, bool shared, int64_t* workspace, int64_t longest, int threads);             \
+                     int64_t class_bytes, const float* scores, const int32_t* log2_table, int64_t stream,             \
+                     bool shared, int64_t* workspace, int64_t longest, int threads);                                  \
   void block_marks(uint8_t* marks, const int64_t* cu_tokens, const int64_t* n_marked, int64_t clips,                  \
                    const int64_t* counter, const int64_t* clip_ids, int64_t freq, bool by_time,                       \
                    const int64_t* sides, int64_t n_sides, bool clipped, bool only_first, bool spare_first,            \
-                   bool shared, int64_t* workspace, int64_t room, int threads);                                       \
+                   int64_t stream, bool shared, int64_t* workspace, int64_t room, int threads);                       \
+  void window_attention_f32(float* out, const WindowRows<float>& x, int threads);                                     \
+  void window_attention_f64(double* out, const WindowRows<double>& x, int threads);                                   \
+  void window_attention_grad_f32(float* grad_qkv, float* grad_tau, float* grad_bias, double* partial,                 \
+                                 const float* grad, const WindowRows<float>& x, int threads);                         \
+  void window_attention_grad_f64(double* grad_qkv, double* grad_tau, double* grad_bias, double* partial,              \
+                                 const double* grad, const WindowRows<double>& x, int threads);                       \
   }

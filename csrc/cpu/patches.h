@@ -42,13 +42,14 @@ inline Place<T> place_of(const Patches<T>& p, int64_t token, int64_t& clip) {
   return {p.frames + first * p.bins + bin, left < p.patch_time ? left : p.patch_time, bin};
 }
 
-// Ask for the cells of a patch ahead of their use: its rows are far apart, and what follows them is not read next.
+// Ask for the cells of a patch ahead of their use: its rows are far apart, and what follows them is not read next. Into
+// the second-level cache, which can wait for more lines at a time than the first.
 template <typename T>
 inline void prefetch(const Patches<T>& p, const Place<T>& place) {
   const int64_t bytes = p.patch_freq * (int64_t)sizeof(T);
   for (int64_t t = 0; t < place.frames; ++t) {
     const char* row = (const char*)(place.first + t * p.bins);
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
   }
 }
 
@@ -113,7 +114,7 @@ class Places {
   }
 
  private:
-  static const int64_t AHEAD = 8;
+  static const int64_t AHEAD = 32;
 
   void fetch(int64_t slot) {
     if (next_ >= last_) return;

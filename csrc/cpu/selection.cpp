@@ -12,9 +12,9 @@ MT_DECLARE_KERNELS(MT_LEVEL)
 namespace {
 
 const uint32_t MASK = 4, MASK_SHAPE = 5;  // Purpose in kernels/philox/reference.py
-const uint32_t SIDE_STREAM = 0, START_STREAM = 1;
 const int64_t LAST = INT64_MAX;
 const int64_t FEW = 24;  // keys that are ranked by comparing each with each
+const int64_t KEY_BITS = 33;  // of what is below the class in a key
 
 inline int64_t thread_number() {
 #if defined(_OPENMP)
@@ -66,16 +66,90 @@ inline int64_t class_of(const void* classes, int64_t bytes, int64_t i) {
                     : bytes == 4 ? ((const int32_t*)classes)[i] : ((const int64_t*)classes)[i];
 }
 
+// 2^48 log2(1 + f / 2^32), interpolated in the table.
+inline int64_t log2_of_fraction(uint32_t f, const int32_t* table) {
+  const int64_t low = table[f >> 22], high = table[(f >> 22) + 1];
+  return (low << 22) + (high - low) * (f & 0x3FFFFF);
+}
+
+// 2^48 log2(v), v >= 1.
+inline int64_t log2_of(uint64_t v, const int32_t* table) {
+  const int zeros = __builtin_clzll(v);
+  return ((int64_t)(63 - zeros) << 48) + log2_of_fraction((uint32_t)(v << zeros >> 31), table);
+}
+
+// In [0, 2^33), larger for what is rather masked: see kernels/select_tokens/reference.py. bits: of the score; table:
+// null to leave the word out.
+inline int64_t key_of_score(int32_t bits, uint32_t word, const int32_t* table) {
+  const int32_t infinity = 0x7F800000, lowest = (127 - 40) << 23, highest = (127 + 40) << 23;
+  if (bits > infinity) bits = 0;  // NaN
+  if (!table) return bits > 0 ? bits : 0;
+  bits = bits < lowest ? lowest : bits > highest ? highest : bits;
+  const int64_t weight = (int64_t)((int64_t)(bits >> 23) - 127) * ((int64_t)1 << 48) + log2_of_fraction((uint32_t)bits << 9, table);
+  const int64_t exponential = ((int64_t)33 << 48) - log2_of(2 * (uint64_t)word + 1, table);
+  return (weight - log2_of((uint64_t)exponential, table) + ((int64_t)96 << 48)) >> 22;
+}
+
 inline int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// out[i] <- min over step * j, j < side, of in[i - step * j], for i < count; in has numbers before its start.
-inline void sliding_minimum(int64_t* __restrict out, const int64_t* in, int64_t count, int64_t side, int64_t step) {
-  for (int64_t i = 0; i < count; ++i) out[i] = in[i];
-  for (int64_t j = 1; j < side; ++j) {
-    const int64_t* before = in - step * j;
-    for (int64_t i = 0; i < count; ++i) out[i] = smaller_of(out[i], before[i]);
+// Write the keys words[i] * 2^31 + i of the words in [low, low + width), by ascending i; return how many there are.
+inline int64_t keys_within(int64_t* keys, const uint32_t* words, int64_t count, uint64_t low, uint64_t width) {
+  int64_t kept = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    keys[kept] = ((int64_t)words[i] << 31) + i;
+    kept += words[i] - low < width;
+  }
+  return kept;
+}
+
+// Write `keys`, all different, in ascending order: each goes where as many stand before it as are smaller.
+inline void sort_few(int64_t* __restrict sorted, const int64_t* __restrict keys, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    int64_t smaller = 0;
+    for (int64_t j = 0; j < count; ++j) smaller += keys[j] < keys[i];
+    sorted[smaller] = keys[i];
   }
 }
+
+// The marks of one clip, and the block that a start stands for.
+struct Blocks {
+  uint8_t* marks;
+  int64_t n, columns, freq, side, largest;
+  bool by_time, clipped;
+
+  // Starts are the tokens themselves, or also the cells up to largest - 1 before the grid, time outer.
+  int64_t width() const { return freq + largest - 1; }
+  int64_t starts() const { return clipped ? (columns + largest - 1) * width() : n; }
+
+  // Mark the cells of the block of `start`; return how many were not.
+  int64_t mark(int64_t start) const {
+    int64_t added = 0;
+    if (clipped) {
+      const uint32_t number = (uint32_t)start, wide = (uint32_t)width();
+      const int64_t column = (int64_t)(number / wide) - (largest - 1), row = (int64_t)(number % wide) - (largest - 1);
+      const int64_t end = column + side < columns ? column + side : columns;
+      const int64_t first_row = row < 0 ? 0 : row, end_row = row + side < freq ? row + side : freq;
+      const int64_t down = by_time ? 1 : columns;
+      for (int64_t c = column < 0 ? 0 : column; c < end; ++c) {
+        uint8_t* const to = marks + (by_time ? c * freq : c);
+        for (int64_t r = first_row; r < end_row; ++r) {
+          added += !to[r * down];
+          to[r * down] = 1;
+        }
+      }
+    } else {
+      const int64_t down = by_time ? freq : columns;
+      for (int64_t i = 0; i < side; ++i) {
+        const int64_t first = start + down * i, end = first + side < n ? first + side : n;
+        for (int64_t t = first; t < end; ++t) {
+          added += !marks[t];
+          marks[t] = 1;
+        }
+      }
+    }
+    return added;
+  }
+};
 
 }  // namespace
 
@@ -83,7 +157,10 @@ namespace MT_LEVEL {
 
 void select_tokens(int32_t* visible, int32_t* masked, const int64_t* cu_tokens, const int64_t* cu_visible,
                    int64_t clips, const int64_t* counter, const int64_t* clip_ids, const void* classes,
-                   int64_t class_bytes, bool shared, int64_t* workspace, int64_t longest, int threads) {
+                   int64_t class_bytes, const float* scores, const int32_t* log2_table, int64_t stream, bool shared,
+                   int64_t* workspace, int64_t longest, int threads) {
+  int32_t* const chosen_ids = scores ? masked : visible;
+  int32_t* const other_ids = scores ? visible : masked;
 #pragma omp parallel num_threads(threads) if (threads > 1 && cu_tokens[clips] > 65536)
   {
     int64_t* keys = workspace + thread_number() * (4 * longest + 32);
@@ -93,13 +170,31 @@ void select_tokens(int32_t* visible, int32_t* masked, const int64_t* cu_tokens, 
 #pragma omp for schedule(static)
     for (int64_t clip = 0; clip < clips; ++clip) {
       const int64_t start = cu_tokens[clip], n = cu_tokens[clip + 1] - start;
-      const int64_t wanted = cu_visible[clip + 1] - cu_visible[clip];
+      const int64_t n_visible = cu_visible[clip + 1] - cu_visible[clip], wanted = scores ? n - n_visible : n_visible;
       if (!n) continue;
-      philox_run(words, make_key(counter, shared ? 0 : clip_ids[clip], MASK, 0), 0, (n + 3) / 4);
-      for (int64_t i = 0; i < n; ++i) keys[i] = words[i];
-      if (class_bytes) {
-        for (int64_t i = 0; i < n; ++i) keys[i] += class_of(classes, class_bytes, start + i) << 32;
+      if (!scores || log2_table) {
+        const Key key = make_key(counter, shared ? 0 : clip_ids[clip], MASK, (uint32_t)stream);
+        philox_run(words, key, 0, (n + 3) / 4);
       }
+      if (scores) {
+        const int64_t largest = ((int64_t)1 << KEY_BITS) - 1;
+        for (int64_t i = 0; i < n; ++i) {
+          int32_t bits;
+          memcpy(&bits, scores + start + i, sizeof bits);
+          keys[i] = largest - key_of_score(bits, log2_table ? words[i] : 0, log2_table);
+        }
+      } else {
+        for (int64_t i = 0; i < n; ++i) keys[i] = words[i];
+      }
+      if (class_bytes && scores) {
+        const int64_t largest = ((int64_t)1 << 30) - 1;
+        for (int64_t i = 0; i < n; ++i) {
+          keys[i] += (largest - class_of(classes, class_bytes, start + i)) << KEY_BITS;
+        }
+      } else if (class_bytes) {
+        for (int64_t i = 0; i < n; ++i) keys[i] += class_of(classes, class_bytes, start + i) << KEY_BITS;
+      }
+      // The `wanted` smallest are chosen.
       int64_t last = -1, smaller = 0;
       if (wanted) last = key_of_rank(keys, n, wanted - 1, scratch, smaller);
       int64_t ties = wanted - smaller, counts[2] = {0, 0};
@@ -110,65 +205,50 @@ void select_tokens(int32_t* visible, int32_t* masked, const int64_t* cu_tokens, 
         counts[0] += chosen;
         counts[1] += !chosen;
       }
-      memcpy(visible + cu_visible[clip], ids[0], sizeof(int32_t) * (size_t)counts[0]);
-      memcpy(masked + start - cu_visible[clip], ids[1], sizeof(int32_t) * (size_t)counts[1]);
+      const int64_t first = scores ? start - cu_visible[clip] : cu_visible[clip];
+      memcpy(chosen_ids + first, ids[0], sizeof(int32_t) * (size_t)counts[0]);
+      memcpy(other_ids + start - first, ids[1], sizeof(int32_t) * (size_t)counts[1]);
     }
   }
 }
 
 void block_marks(uint8_t* marks, const int64_t* cu_tokens, const int64_t* n_marked, int64_t clips,
                  const int64_t* counter, const int64_t* clip_ids, int64_t freq, bool by_time, const int64_t* sides,
-                 int64_t n_sides, bool clipped, bool only_first, bool spare_first, bool shared, int64_t* workspace,
-                 int64_t room, int threads) {
+                 int64_t n_sides, bool clipped, bool only_first, bool spare_first, int64_t stream, bool shared,
+                 int64_t* workspace, int64_t room, int threads) {
+  const uint32_t side_stream = 2 * (uint32_t)stream, start_stream = side_stream + 1;
   int64_t largest = 0;
   for (int64_t i = 0; i < n_sides; ++i) largest = sides[i] > largest ? sides[i] : largest;
 #pragma omp parallel num_threads(threads) if (threads > 1 && cu_tokens[clips] > 32768)
   {
-    int64_t* own = workspace + thread_number() * 4 * room;
+    int64_t* own = workspace + thread_number() * 3 * room;
 #pragma omp for schedule(static)
     for (int64_t clip = 0; clip < clips; ++clip) {
       const int64_t n = cu_tokens[clip + 1] - cu_tokens[clip], columns = n / freq;
       if (!n) continue;
       const int64_t id = shared ? 0 : clip_ids[clip];
       alignas(64) uint32_t draw[4 * LANES];
-      philox_run(draw, make_key(counter, id, MASK_SHAPE, SIDE_STREAM), 0, 1);
+      philox_run(draw, make_key(counter, id, MASK_SHAPE, side_stream), 0, 1);
       const int64_t side = sides[(uint64_t)draw[0] * (uint64_t)n_sides >> 32];
 
-      // Starts in a row of numbers; a block of the start s holds s + down * i + j, i, j < side.
-      const int64_t width = freq + largest - 1;
-      const int64_t starts = clipped ? (columns + largest - 1) * width : n;
-      const int64_t down = clipped ? width : by_time ? freq : columns;
-      const int64_t before = (side - 1) * (down + 1);
-      uint32_t* words = (uint32_t*)(own + 3 * room);
-      philox_run(words, make_key(counter, id, MASK_SHAPE, START_STREAM), 0, (starts + 3) / 4);
-      int64_t* keys = own + before;
-      for (int64_t i = -before; i < 0; ++i) keys[i] = LAST;
-      for (int64_t i = 0; i < starts; ++i) keys[i] = ((int64_t)words[i] << 31) + i;
-      // The smallest key of the starts whose blocks hold a number: first along j, then along i.
-      int64_t* along = own + room + before;
-      for (int64_t i = -before; i < 0; ++i) along[i] = LAST;
-      sliding_minimum(along, keys, starts, side, 1);
-      int64_t* covered = own + 2 * room;
-      if (clipped) {
-        int64_t* by_start = keys;  // the keys are no longer needed
-        // Only the numbers of cells are read below; they have side - 1 rows and numbers before them.
-        const int64_t begin = (largest - 1) * width;
-        sliding_minimum(by_start + begin, along + begin, starts - begin, side, down);
-        for (int64_t column = 0; column < columns; ++column) {
-          const int64_t* from = by_start + begin + column * width + largest - 1;
-          int64_t* to = covered + (by_time ? column * freq : column);
-          for (int64_t row = 0; row < freq; ++row) to[by_time ? row : row * columns] = from[row];
-        }
-      } else {
-        sliding_minimum(covered, along, n, side, down);
-      }
-      if (spare_first) covered[0] = LAST;
+      const Blocks blocks = {marks + cu_tokens[clip], n, columns, freq, side, largest, by_time, clipped};
+      const int64_t starts = blocks.starts();
+      uint32_t* words = (uint32_t*)(own + 2 * room);
+      philox_run(words, make_key(counter, id, MASK_SHAPE, start_stream), 0, (starts + 3) / 4);
 
-      const int64_t wanted = n_marked[clip];
-      int64_t smaller;
-      const int64_t last = key_of_rank(covered, n, wanted < n ? wanted : n - 1, own, smaller);
-      uint8_t* to = marks + cu_tokens[clip];
-      for (int64_t i = 0; i < n; ++i) to[i] = covered[i] <= last && covered[i] < LAST;
+      // Starts are taken in ascending order, sorted as they are needed: a few more than are expected to be, at a time.
+      const int64_t wanted = n_marked[clip], at_a_time = smaller_of(128 + starts / 64, 16 + 2 * wanted / (side * side));
+      const uint64_t width = ((uint64_t)1 << 32) * (uint64_t)at_a_time / (uint64_t)starts + 1;
+      uint8_t* to = blocks.marks;
+      memset(to, 0, (size_t)n);
+      to[0] = spare_first;  // counts as marked until the end
+      int64_t marked = 0;
+      for (uint64_t low = 0; low < (uint64_t)1 << 32 && marked <= wanted; low += width) {
+        const int64_t count = keys_within(own + room, words, starts, low, width);
+        sort_few(own, own + room, count);
+        for (int64_t i = 0; i < count && marked <= wanted; ++i) marked += blocks.mark(own[i] & 0x7FFFFFFF);
+      }
+      if (spare_first) to[0] = 0;
       if (only_first) {
         int64_t left = wanted;
         for (int64_t i = 0; i < n; ++i) {

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -15,7 +16,8 @@ from masktrain.kernels.select_tokens._native import why_not as why_not
 _library = torch.library.Library("masktrain", "FRAGMENT")
 _library.define(
     "block_marks(SymInt[] n_tokens, SymInt[] n_marked, Tensor counter, Tensor clip_ids, SymInt freq, "
-    "bool by_time, SymInt[] sides, bool clipped, bool only_first, bool spare_first, bool shared) -> Tensor"
+    "bool by_time, SymInt[] sides, bool clipped, bool only_first, bool spare_first, bool shared, "
+    "SymInt stream) -> Tensor"
 )
 
 
@@ -33,6 +35,7 @@ def block_marks(
     truncation: str,
     spare_first: bool,
     shared: bool,
+    stream: int,
 ) -> Tensor:
     """See op.py. The counts say where a clip lies; cu_tokens repeats them and is not read."""
     return torch.ops.masktrain.block_marks(
@@ -47,6 +50,7 @@ def block_marks(
         truncation == "first",
         spare_first,
         shared,
+        stream,
     )
 
 
@@ -63,33 +67,30 @@ def _block_marks(
     only_first: bool,
     spare_first: bool,
     shared: bool,
+    stream: int,
 ) -> Tensor:
     counter, clip_ids = counter.contiguous(), clip_ids.contiguous()
-    cu_tokens, marked, draws = (torch.tensor(v) for v in ([0, *accumulate(n_tokens)], n_marked, sides))
+    # Arrays: a tensor of a few numbers takes longer to make than to use.
+    cu_tokens, marked, draws = (array("q", v) for v in ([0, *accumulate(n_tokens)], n_marked, sides))
     out = torch.empty(sum(n_tokens), dtype=torch.uint8)
     threads, border, longest = _native.threads(), max(sides) - 1, max(n_tokens, default=0)
-    columns = longest // freq
-    if clipped:
-        down = freq + border
-        starts = (columns + border) * down
-    else:
-        down, starts = freq if by_time else columns, longest
-    room = 32 + starts + border * (down + 1)
-    workspace = torch.empty(threads * 4 * room, dtype=torch.int64)
+    room = 32 + ((longest // freq + border) * (freq + border) if clipped else longest)
+    workspace = torch.empty(threads * 3 * room, dtype=torch.int64)
     _native.require().mt_block_marks(
         out.data_ptr(),
-        cu_tokens.data_ptr(),
-        marked.data_ptr(),
+        cu_tokens.buffer_info()[0],
+        marked.buffer_info()[0],
         len(n_tokens),
         counter.data_ptr(),
         clip_ids.data_ptr(),
         freq,
         by_time,
-        draws.data_ptr(),
+        draws.buffer_info()[0],
         len(sides),
         clipped,
         only_first,
         spare_first,
+        stream,
         shared,
         workspace.data_ptr(),
         room,

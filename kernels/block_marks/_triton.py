@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from masktrain.kernels._triton import block_of, jit, on, tl
-from masktrain.kernels.block_marks.reference import SIDE_STREAM, START_STREAM
+from masktrain.kernels.block_marks.reference import streams
 from masktrain.kernels.philox import Purpose
 from masktrain.kernels.philox._triton import philox_words
 from masktrain.kernels.select_tokens._triton import smallest, to_device
@@ -22,7 +22,7 @@ from masktrain.kernels.select_tokens._triton import smallest, to_device
 _library = torch.library.Library("masktrain", "FRAGMENT")
 _library.define(
     "block_marks_triton(Tensor cu_tokens, SymInt[] n_tokens, SymInt[] n_marked, Tensor counter, Tensor clip_ids, "
-    "SymInt freq, bool time_major, SymInt[] sides, bool wrap, bool first, bool spare_first, bool shared) -> Tensor"
+    "SymInt freq, bool time_major, SymInt[] sides, bool wrap, bool first, bool spare_first, bool shared, SymInt stream) -> Tensor"
 )
 
 
@@ -110,6 +110,7 @@ def block_marks(
     truncation: str,
     spare_first: bool,
     shared: bool,
+    stream: int,
 ) -> Tensor:
     """See op.py."""
     return torch.ops.masktrain.block_marks_triton(
@@ -125,6 +126,7 @@ def block_marks(
         truncation == "first",
         spare_first,
         shared,
+        stream,
     )
 
 
@@ -142,6 +144,7 @@ def _block_marks(
     first: bool,
     spare_first: bool,
     shared: bool,
+    stream: int,
 ) -> Tensor:
     out = cu_tokens.new_empty(sum(n_tokens), dtype=torch.uint8)
     if sum(n_tokens):
@@ -149,8 +152,9 @@ def _block_marks(
         n_starts = longest if wrap else (longest // freq + largest - 1) * (freq + largest - 1)
         draw_ids = clip_ids.new_zeros(1) if shared else clip_ids
         purpose = int(Purpose.MASK_SHAPE)
-        words = philox_words(counter, draw_ids, n_starts, purpose=purpose, stream=START_STREAM)
-        side_words = philox_words(counter, draw_ids, 1, purpose=purpose, stream=SIDE_STREAM)
+        side_stream, start_stream = streams(stream)
+        words = philox_words(counter, draw_ids, n_starts, purpose=purpose, stream=start_stream)
+        side_words = philox_words(counter, draw_ids, 1, purpose=purpose, stream=side_stream)
         equal = len(set(n_marked)) == 1
         length = block_of(longest)
         with on(cu_tokens):
@@ -192,5 +196,6 @@ def _block_marks_fake(
     first: bool,
     spare_first: bool,
     shared: bool,
+    stream: int,
 ) -> Tensor:
     return cu_tokens.new_empty(sum(n_tokens), dtype=torch.uint8)

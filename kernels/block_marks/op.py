@@ -18,6 +18,7 @@ from masktrain.kernels._checks import (
 from masktrain.kernels._dispatch import Implementation, choose
 from masktrain.kernels._triton import not_unasked
 from masktrain.kernels.block_marks import _native, _triton, reference
+from masktrain.kernels.philox.op import check_below
 from masktrain.kernels.select_tokens._triton import why_not
 
 IMPLEMENTATIONS = (
@@ -41,6 +42,7 @@ def block_marks(
     truncation: str = "random",
     spare_first: bool = False,
     shared: bool = False,
+    stream: int = 0,
     implementation: str | None = None,
 ) -> Tensor:
     """Return (N,) uint8 marks (0 or 1) of square blocks on each clip's token grid, packed as the tokens are.
@@ -63,8 +65,10 @@ def block_marks(
     truncation "random": the marks are returned as they are; the surplus is for select_tokens to drop,
     uniformly. truncation "first": only the first n_marked marks in token order stay (both references).
 
-    Words: purpose MASK_SHAPE, stream 0 word 0 for the side, stream 1 for the starts; id 0 when shared, which
-    needs clips of equal counts. Ties between starts go to the lower one. No host sync. Raises TypeError or
+    stream: in [0, 2^31), tells apart the masks that one step draws of a clip.
+
+    Words: purpose MASK_SHAPE, stream 2 s word 0 for the side, stream 2 s + 1 for the starts, s being `stream`;
+    id 0 when shared, which needs clips of equal counts. Ties between starts go to the lower one. No host sync. Raises TypeError or
     ValueError for a wrong dtype, shape, device, count or choice.
     """
     op = "block_marks"
@@ -89,6 +93,7 @@ def block_marks(
         raise TypeError(f"{op}: sides must be a tuple of at least one int, received {sides!r:.80}.")
     for side in sides:
         check_at_least(op, "each of sides", side, 1)
+    check_below(op, "stream", stream, 1 << 31)
     check_devices(op, cu_tokens=cu_tokens, counter=counter, clip_ids=clip_ids)
     if shared:
         check_shared(op, n_tokens=n_tokens, n_marked=n_marked)
@@ -106,4 +111,5 @@ def block_marks(
         truncation=truncation,
         spare_first=spare_first,
         shared=shared,
+        stream=stream,
     )

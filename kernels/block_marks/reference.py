@@ -16,7 +16,10 @@ from torch import Tensor
 from masktrain.kernels.philox import Purpose, philox_words
 from masktrain.kernels.select_tokens.reference import LAST, per_clip, token_ids
 
-SIDE_STREAM, START_STREAM = 0, 1
+
+def streams(stream: int) -> tuple[int, int]:
+    """Return the Philox streams of the sides and of the starts."""
+    return 2 * stream, 2 * stream + 1
 
 
 def block_marks(
@@ -33,6 +36,7 @@ def block_marks(
     truncation: str,
     spare_first: bool,
     shared: bool,
+    stream: int,
 ) -> Tensor:
     """See op.py."""
     total, longest, largest = sum(n_tokens), max(n_tokens, default=0), max(sides)
@@ -40,6 +44,7 @@ def block_marks(
         return cu_tokens.new_empty(0, dtype=torch.uint8)
     device = cu_tokens.device
     draw_ids = clip_ids.new_zeros(1) if shared else clip_ids
+    side_stream, start_stream = streams(stream)
     _, exists = token_ids(cu_tokens, longest)
     token = torch.arange(longest, device=device)
     columns = (cu_tokens[1:] - cu_tokens[:-1]).long()[:, None] // freq
@@ -59,9 +64,9 @@ def block_marks(
         n_starts = (longest // freq + largest - 1) * width
         start = (column + largest - 1) * width + row + largest - 1
         down = torch.full_like(columns, width)
-    words = philox_words(counter, draw_ids, n_starts, purpose=Purpose.MASK_SHAPE, stream=START_STREAM)
+    words = philox_words(counter, draw_ids, n_starts, purpose=Purpose.MASK_SHAPE, stream=start_stream)
     keys = (words << 31) + torch.arange(n_starts, device=device)
-    side_word = philox_words(counter, draw_ids, 1, purpose=Purpose.MASK_SHAPE, stream=SIDE_STREAM)
+    side_word = philox_words(counter, draw_ids, 1, purpose=Purpose.MASK_SHAPE, stream=side_stream)
     pick = (side_word * len(sides)) >> 32
     side = torch.zeros_like(pick)
     for number, value in enumerate(sides):

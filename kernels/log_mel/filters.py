@@ -95,4 +95,6 @@ def tables(spec: MelSpec, dtype: torch.dtype, device: torch.device) -> tuple[Ten
     """Return the (win_length,) float64 window times wave_scale, and the (n_fft // 2 + 1, n_mels) filters in
     `dtype`."""
     weights = mel_filters(spec).T.contiguous().to(dtype)
-    return (window(spec) * spec.wave_scale).to(device), weights.to(device)
+    # a front end with jitter asks for new ones in each step: the host does not wait for the device
+    scaled = window(spec) * spec.wave_scale
+    return scaled.to(device, non_blocking=True), weights.to(device, non_blocking=True)

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from masktrain.kernels._checks import FULL_FLOATS, check_counts, check_no_gradient, check_tensor, dtype_names
 from masktrain.kernels._dispatch import Implementation, choose
-from masktrain.kernels.log_mel import _native, reference
+from masktrain.kernels._triton import unmeasured
+from masktrain.kernels.log_mel import _native, _triton, reference
 from masktrain.kernels.log_mel.spec import MelSpec, spec_problem
 
 IMPLEMENTATIONS = (
+    Implementation("triton", _triton.log_mel, _triton.why_not, unmeasured),
     Implementation("native", _native.log_mel, _native.why_not),
     Implementation("reference", reference.log_mel, lambda *_: None),
 )
@@ -33,7 +35,8 @@ def log_mel(
     the other clips of the batch: for float32 on the CPU bit for bit.
 
     float32 results lie within 1e-4 of the float64 ones: everything up to the power spectrum is computed in
-    float64, since float32 FFTs miss quiet bins beside loud ones by more than 1e-3. Everything is treated as
+    float64 (in Triton, the transform in exact integers), since float32 FFTs miss quiet bins beside loud ones by
+    more than 1e-3. Everything is treated as
     data: no gradient.
 
     Raises TypeError or ValueError for a wrong dtype, shape, length or spec.

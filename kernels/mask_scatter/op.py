@@ -9,10 +9,11 @@ from torch import Tensor
 from masktrain.kernels._checks import FLOATS, check_devices, check_tensor
 from masktrain.kernels._dispatch import Implementation, choose
 from masktrain.kernels._triton import not_unasked
-from masktrain.kernels.mask_scatter import _triton, reference
+from masktrain.kernels.mask_scatter import _native, _triton, reference
 
 IMPLEMENTATIONS = (
     Implementation("triton", _triton.mask_scatter, _triton.why_not, not_unasked),
+    Implementation("native", _native.mask_scatter, _native.why_not, _native.not_unasked),
     Implementation("reference", reference.mask_scatter, lambda *_: None),
 )
 

@@ -38,6 +38,8 @@ class Purpose(IntEnum):
     DEMO = 10
     FRAME_CROP = 11
     BASELINE = 12
+    AUGMENT = 13
+    MEL_JITTER = 14
 
 
 def key_words(seed: Any, purpose: int) -> tuple[Any, Any]:

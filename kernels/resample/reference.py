@@ -68,12 +68,12 @@ def resample(
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """How the outputs of one ratio are computed.
 
     A row stands for `advance` source samples and gives `outputs` outputs (a whole number of periods), in
     `blocks` products of `width` outputs each; what the last block gives beyond `outputs` is dropped. reach:
-    samples that the filter extends to either side. span: source samples that a block reads.
+    samples that the filter extends to either side.
     """
 
     up: int
@@ -83,10 +83,9 @@ class _Plan:
     blocks: int
     width: int
     reach: int
-    span: int
 
     @staticmethod
-    def make(rate: int, target_rate: int) -> _Plan:
+    def make(rate: int, target_rate: int) -> Plan:
         common = math.gcd(rate, target_rate)
         up, down = target_rate // common, rate // common
         periods = max(1, OUTPUTS // up)
@@ -94,8 +93,12 @@ class _Plan:
         blocks = 1 if outputs <= LARGEST_UP else -(-outputs // OUTPUTS)
         width = -(-outputs // blocks)
         reach = math.ceil(HALF_WIDTH * max(up, down) / up)
-        span = (width - 1) * down // up + 2 * reach + 2
-        return _Plan(up, down, periods * down, outputs, blocks, width, reach, span)
+        return Plan(up, down, periods * down, outputs, blocks, width, reach)
+
+    @property
+    def span(self) -> int:
+        """Source samples that a block reads."""
+        return (self.width - 1) * self.down // self.up + 2 * self.reach + 2
 
     def first(self, block: int) -> int:
         """Source position, relative to the row's, of the first sample that `block` reads."""
@@ -109,7 +112,7 @@ def _resample_group(clips: list[Tensor], rate: int, target_rate: int, dtype: tor
     them are one strided view. The silence is as long as a row reads: no result touches another clip, not even
     with weight 0 (a NaN would pass).
     """
-    plan = _Plan.make(rate, target_rate)
+    plan = Plan.make(rate, target_rate)
     last = plan.first(plan.blocks - 1)
     gap = last + plan.span
     slots = [-(-(clip.shape[0] + gap) // plan.advance) for clip in clips]
@@ -143,7 +146,7 @@ def _resample_group(clips: list[Tensor], rate: int, target_rate: int, dtype: tor
     return pieces
 
 
-def weight_matrix(plan: _Plan, block: int) -> Tensor:
+def weight_matrix(plan: Plan, block: int) -> Tensor:
     """Return the (span, width) float64 weights of the samples that `block` reads in each of its outputs.
 
     Column g is the impulse response around output m = block * width + g, at the distances (p up - m down) /
@@ -167,7 +170,7 @@ class _WeightCache:
         self._kept: OrderedDict[tuple[int, int, int, torch.dtype, torch.device], Tensor] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, plan: _Plan, block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def get(self, plan: Plan, block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return the weights of `block` on `device`, computed where they are not kept."""
         key = (plan.up, plan.down, block, dtype, device)
         with self._lock:

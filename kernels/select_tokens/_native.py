@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from masktrain.kernels import _native
+from masktrain.kernels.select_tokens.reference import LOG2
 
 _library = torch.library.Library("masktrain", "FRAGMENT")
 _library.define(
     "select_tokens(SymInt[] n_tokens, SymInt[] n_visible, Tensor counter, Tensor clip_ids, Tensor? classes, "
-    "bool shared) -> (Tensor, Tensor)"
+    "Tensor? scores, bool sample, bool shared, SymInt stream) -> (Tensor, Tensor)"
 )
 
 
@@ -34,10 +35,15 @@ def select_tokens(
     clip_ids: Tensor,
     *,
     classes: Tensor | None,
+    scores: Tensor | None,
+    sample: bool,
     shared: bool,
+    stream: int,
 ) -> tuple[Tensor, Tensor]:
     """See op.py. The counts say where a clip lies; cu_tokens repeats them and is not read."""
-    return torch.ops.masktrain.select_tokens(n_tokens, n_visible, counter, clip_ids, classes, shared)
+    return torch.ops.masktrain.select_tokens(
+        n_tokens, n_visible, counter, clip_ids, classes, scores, sample, shared, stream
+    )
 
 
 @torch.library.impl(_library, "select_tokens", "CPU")
@@ -47,10 +53,14 @@ def _select_tokens(
     counter: Tensor,
     clip_ids: Tensor,
     classes: Tensor | None,
+    scores: Tensor | None,
+    sample: bool,
     shared: bool,
+    stream: int,
 ) -> tuple[Tensor, Tensor]:
     counter, clip_ids = counter.contiguous(), clip_ids.contiguous()
     classes = None if classes is None else classes.contiguous()
+    scores = None if scores is None else scores.contiguous()
     ends = torch.tensor([[0, *accumulate(n_tokens)], [0, *accumulate(n_visible)]])
     total, total_visible = sum(n_tokens), sum(n_visible)
     visible = torch.empty(total_visible, dtype=torch.int32)
@@ -67,6 +77,9 @@ def _select_tokens(
         clip_ids.data_ptr(),
         None if classes is None else classes.data_ptr(),
         0 if classes is None else classes.element_size(),
+        None if scores is None else scores.data_ptr(),
+        LOG2.data_ptr() if sample else None,
+        stream,
         shared,
         workspace.data_ptr(),
         longest,
@@ -77,12 +90,7 @@ def _select_tokens(
 
 @torch.library.register_fake("masktrain::select_tokens", lib=_library)
 def _select_tokens_fake(
-    n_tokens: Sequence[int],
-    n_visible: Sequence[int],
-    counter: Tensor,
-    clip_ids: Tensor,
-    classes: Tensor | None,
-    shared: bool,
+    n_tokens: Sequence[int], n_visible: Sequence[int], counter: Tensor, clip_ids: Tensor, *_: object
 ) -> tuple[Tensor, Tensor]:
     total, total_visible = sum(n_tokens), sum(n_visible)
     return (

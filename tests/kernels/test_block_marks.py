@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from masktrain.kernels import _native, _triton
 from masktrain.kernels.block_marks import block_marks, reference
 from masktrain.kernels.philox import Purpose, host_words
 
@@ -29,10 +30,12 @@ def call(n_tokens, n_marked, clip_ids, *, freq, order, **options):
     )
 
 
-def loop(n, n_marked, clip_id, *, freq, order, sides, growth, truncation, spare_first, words=host_words):
+def loop(
+    n, n_marked, clip_id, *, freq, order, sides, growth, truncation, spare_first, stream=0, words=host_words
+):
     """One clip: each start adds its block, in the order of the words; stop above n_marked."""
     columns, largest = n // freq, max(sides)
-    pick = host_words(SEED, STEP, clip_id, 1, purpose=Purpose.MASK_SHAPE, stream=0)[0]
+    pick = host_words(SEED, STEP, clip_id, 1, purpose=Purpose.MASK_SHAPE, stream=2 * stream)[0]
     side = sides[pick * len(sides) >> 32]
     if growth == "wrap":
         stride = freq if order == "time" else columns
@@ -51,7 +54,7 @@ def loop(n, n_marked, clip_id, *, freq, order, sides, growth, truncation, spare_
             for c, r in starts
         ]
         blocks = [[c * freq + r if order == "time" else r * columns + c for c, r in block] for block in cells]
-    drawn = words(SEED, STEP, clip_id, len(starts), purpose=Purpose.MASK_SHAPE, stream=1)
+    drawn = words(SEED, STEP, clip_id, len(starts), purpose=Purpose.MASK_SHAPE, stream=2 * stream + 1)
     marked: set[int] = set()
     for s in sorted(range(len(starts)), key=lambda s: (drawn[s], s)):
         marked |= {t for t in blocks[s] if t > 0 or not spare_first}
@@ -87,6 +90,22 @@ def test_equals_the_loop(batch):
     clips = zip(n_tokens, n_marked, clip_ids, strict=True)
     assert marks.tolist() == [m for n, k, i in clips for m in loop(n, k, i, **options)]
     assert torch.equal(marks, call(n_tokens, n_marked, clip_ids, **options))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "native", "triton"])
+def test_each_stream_has_marks_of_its_own(implementation):
+    if implementation == "native" and _native.cpu() is None:
+        pytest.skip(f"{_native.why_not()}")
+    if implementation == "triton" and _triton.why_not(torch.zeros(0)) is not None:
+        pytest.skip(f"{_triton.why_not(torch.zeros(0))}")
+    options = {"freq": 4, "order": "freq", "sides": (2, 3), "growth": "clipped", "truncation": "random"}
+    seen = set()
+    for stream in (0, 1, 2, 2**31 - 1):
+        marks = call([40, 24], [12, 9], [3, 4], stream=stream, implementation=implementation, **options)
+        loops = {"spare_first": False, "stream": stream, **options}
+        assert marks.tolist() == loop(40, 12, 3, **loops) + loop(24, 9, 4, **loops)
+        seen.add(tuple(marks.tolist()))
+    assert len(seen) == 4
 
 
 @pytest.mark.parametrize("growth", ["clipped", "wrap"])
@@ -147,6 +166,7 @@ def test_shared_marks():
         ({"truncation": "last"}, ValueError, "truncation must be one of 'random', 'first', received 'last'"),
         ({"sides": ()}, TypeError, "sides must be a tuple of at least one int"),
         ({"sides": (3, 0)}, ValueError, "each of sides must be at least 1, received 0"),
+        ({"stream": 2**31}, ValueError, r"stream must lie in \[0, 2147483648\), received 2147483648"),
         ({"shared": True}, ValueError, "shared=True needs equal n_tokens in all clips, received 8 to 12"),
         ({"counter": torch.zeros(2, dtype=torch.int64, device="meta")}, ValueError, "counter must be on cpu"),
     ],

@@ -71,6 +71,14 @@ def test_one_row_of_long_clips(level: int) -> None:
     assert_equal(both([500, 1, 3], [300, 1, 1], freq=1, order="time", growth="wrap", spare_first=True))
 
 
+@pytest.mark.parametrize("growth", ["clipped", "wrap"])
+def test_many_starts_are_sorted_in_several_parts(growth: str, level: int) -> None:
+    for share in (0.5, 0.97, 1.0):
+        n_tokens = [24_000, 8, 1600]
+        marked = [int(n * share) for n in n_tokens]
+        assert_equal(both(n_tokens, marked, freq=8, order="freq", sides=(2, 6), growth=growth))
+
+
 def test_threads(threads: int) -> None:
     assert_equal(both([512] * 80 + [8], [384] * 80 + [3], freq=8, order="time"))
 
@@ -85,5 +93,5 @@ def test_nothing(n_tokens: list[int]) -> None:
 
 
 def test_opcheck() -> None:
-    arguments = ((8, 16), (3, 4), COUNTER, torch.arange(2), 4, True, (2, 3), True, False, False, False)
+    arguments = ((8, 16), (3, 4), COUNTER, torch.arange(2), 4, True, (2, 3), True, False, False, False, 1)
     torch.library.opcheck(torch.ops.masktrain.block_marks.default, arguments)

@@ -103,5 +103,5 @@ def test_almost_nothing(n_tokens: list[int]) -> None:
 
 def test_opcheck() -> None:
     for classes in (None, torch.tensor([1, 0, 1, 1, 0], dtype=torch.uint8)):
-        arguments = ((2, 3), (1, 2), COUNTER, torch.arange(2), classes, False)
+        arguments = ((2, 3), (1, 2), COUNTER, torch.arange(2), classes, None, True, False, 1)
         torch.library.opcheck(torch.ops.masktrain.select_tokens.default, arguments)

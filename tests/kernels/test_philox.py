@@ -173,6 +173,8 @@ def test_purposes_are_distinct() -> None:
         "DEMO": 10,
         "FRAME_CROP": 11,
         "BASELINE": 12,
+        "AUGMENT": 13,
+        "MEL_JITTER": 14,
     }
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from scipy import signal
 from torch import Tensor
 
+from masktrain.kernels import _dispatch, _native
 from masktrain.kernels.resample import reference, resample, resampled_length
 
 PAIRS = [
@@ -33,8 +34,18 @@ PAIRS = [
 ]
 
 
-def one(samples: Tensor, rate: int, target: int) -> Tensor:
-    return resample(samples, (len(samples),), (rate,), target)[0]
+@pytest.fixture(autouse=True, scope="module", params=["reference", "auto"])
+def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The reference, and what serves unasked: native where its tables are small enough."""
+    if request.param == "auto" and _native.cpu() is None:
+        pytest.skip(f"{_native.why_not()}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(_dispatch.ENV, request.param)
+        yield
+
+
+def one(samples: Tensor, rate: int, target: int, implementation: str | None = None) -> Tensor:
+    return resample(samples, (len(samples),), (rate,), target, implementation=implementation)[0]
 
 
 def tones(rate: int, seconds: float, frequencies: Sequence[float], count: int | None = None) -> Tensor:
@@ -203,9 +214,9 @@ def test_neighbours_do_not_leak(rate: int, target: int) -> None:
 
 def test_rows_are_computed_in_bounded_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(60_000)
-    whole = one(x, 44_100, 16_000)
+    whole = one(x, 44_100, 16_000, "reference")
     monkeypatch.setattr(reference, "CHUNK_ELEMENTS", {"cpu": 1})
-    assert torch.equal(one(x, 44_100, 16_000), whole)
+    assert torch.equal(one(x, 44_100, 16_000, "reference"), whole)
 
 
 def test_kept_weights_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,11 +224,11 @@ def test_kept_weights_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "_CACHE", cache)
     monkeypatch.setattr(reference, "CACHE_BYTES", 500_000)
     x = torch.randn(4000)
-    first = one(x, 11_025, 16_000)
+    first = one(x, 11_025, 16_000, "reference")
     for rate in (8_000, 22_050, 48_000, 11_025):
-        one(x, rate, 16_000)
+        one(x, rate, 16_000, "reference")
         assert 0 < cache.bytes() <= 500_000
-    assert torch.equal(one(x, 11_025, 16_000), first)
+    assert torch.equal(one(x, 11_025, 16_000, "reference"), first)
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])

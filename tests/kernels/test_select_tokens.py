@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from masktrain.kernels import _native, _triton
 from masktrain.kernels._testing import poisoned_memory
 from masktrain.kernels.philox import Purpose, host_words
 from masktrain.kernels.select_tokens import reference, select_tokens
@@ -31,10 +32,10 @@ def call(n_tokens, n_visible, clip_ids, *, classes=None, shared=False, seed=SEED
     )
 
 
-def expected(n_tokens, n_visible, clip_ids, classes=None, shared=False, words=host_words):
+def expected(n_tokens, n_visible, clip_ids, classes=None, shared=False, words=host_words, stream=0):
     visible, masked, start = [], [], 0
     for n, k, clip_id in zip(n_tokens, n_visible, clip_ids, strict=True):
-        drawn = words(SEED, STEP, 0 if shared else clip_id, n, purpose=Purpose.MASK)
+        drawn = words(SEED, STEP, 0 if shared else clip_id, n, purpose=Purpose.MASK, stream=stream)
         of_class = [0] * n if classes is None else classes[start : start + n]
         by_key = sorted(range(n), key=lambda t: (of_class[t], drawn[t], t))
         visible += [start + t for t in sorted(by_key[:k])]
@@ -111,6 +112,26 @@ def test_uniform_over_tokens_clips_and_steps():
         p = k / n
         chi2 = ((counts - draws * p) ** 2).sum() / (draws * p * (1 - p)) * (n - 1) / n
         assert 1e-4 < stats.chi2.sf(float(chi2), n - 1) < 1 - 1e-4
+
+
+@pytest.mark.parametrize("implementation", ["reference", "native", "triton"])
+def test_each_stream_draws_a_mask_of_its_own(implementation):
+    if implementation == "native" and _native.cpu() is None:
+        pytest.skip(f"{_native.why_not()}")
+    if implementation == "triton" and _triton.why_not(torch.zeros(0)) is not None:
+        pytest.skip(f"{_triton.why_not(torch.zeros(0))}")
+    for stream in (0, 1, 2**32 - 1):
+        visible, masked = call([30, 9], [11, 4], [5, 6], stream=stream, implementation=implementation)
+        assert (visible.tolist(), masked.tolist()) == expected([30, 9], [11, 4], [5, 6], stream=stream)
+    draws, n, k = 1000, 40, 10
+    rows = [
+        torch.zeros(draws, n).scatter_(1, (ids % n).long().view(draws, k), 1.0)
+        for ids in (call([n] * draws, [k] * draws, list(range(draws)), stream=s)[0] for s in (0, 1))
+    ]
+    # Tokens that two independent masks share: hypergeometric, with this mean and variance.
+    shared, mean = float((rows[0] * rows[1]).sum() / draws), k * k / n
+    variance = mean * (n - k) / n * (n - k) / (n - 1)
+    assert abs(shared - mean) < 4.5 * (variance / draws) ** 0.5
 
 
 def test_shared_draws_one_mask():

@@ -149,10 +149,12 @@ def test_compiled_step_selects_anew_each_step_without_recompiling() -> None:
 def test_opcheck() -> None:
     cu, n_tokens, counts, key, ids = arguments((12, 8), (4, 3))
     ops = torch.ops.masktrain
-    torch.library.opcheck(ops.select_tokens_triton.default, (cu, n_tokens, counts, key, ids, None, False))
+    torch.library.opcheck(
+        ops.select_tokens_triton.default, (cu, n_tokens, counts, key, ids, None, None, True, False, 1)
+    )
     torch.library.opcheck(
         ops.block_marks_triton.default,
-        (cu, n_tokens, counts, key, ids, 4, True, (2, 3), False, False, False, False),
+        (cu, n_tokens, counts, key, ids, 4, True, (2, 3), False, False, False, False, 1),
     )
 
 

@@ -14,7 +14,9 @@ from masktrain.kernels.block_marks._triton import block_marks
 def call(n_tokens: tuple[int, ...], n_marked: tuple[int, ...], **options: object) -> None:
     cu, counter = torch.zeros(len(n_tokens) + 1, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
     ids = torch.zeros(len(n_tokens), dtype=torch.int64)
-    block_marks(cu, n_tokens, n_marked, counter, ids, freq=8, sides=(3, 4, 5), shared=False, **options)
+    block_marks(
+        cu, n_tokens, n_marked, counter, ids, freq=8, sides=(3, 4, 5), shared=False, stream=1, **options
+    )
 
 
 def cases() -> Iterator[Case]:
