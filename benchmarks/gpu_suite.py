@@ -117,13 +117,14 @@ def _checks(device: object, rehearsal: bool) -> list[Check]:
     return [
         Check("machine", "What was this measured with?", lambda: _machine(device)),
         Check("build native", "Does the native library build and load here?", _build),
+        Check("build cuda", "Does the CUDA library build and load here?", lambda: _build_cuda(device)),
         *kernels.verify(),
         *properties.checks(device, rehearsal=rehearsal),
         *golden.checks(device, folder),
         kernels.calibration(),
-        *steps.checks(device, rehearsal=rehearsal, six_layers=False),
+        *steps.checks(device, rehearsal=rehearsal, variants=False),
         *kernels.bench(),
-        *steps.checks(device, rehearsal=rehearsal, six_layers=True),
+        *steps.checks(device, rehearsal=rehearsal, variants=True),
     ]
 
 
@@ -137,22 +138,48 @@ def _machine(device: object) -> Row:
 
 
 def _build() -> Row:
-    from suite.harness import CannotRun
-
     from masktrain.kernels import _native
 
     if _native.cpu() is None:
-        if shutil.which("cmake") is None:
-            raise CannotRun("no cmake here; the native library serves the CPU only")
-        for command in (
-            ["cmake", "-S", ".", "-B", "build/gpu", "-DCMAKE_BUILD_TYPE=Release"],
-            ["cmake", "--build", "build/gpu", "-j", str(os.cpu_count() or 1)],
-        ):
-            done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300)
-            assert done.returncode == 0, json.dumps({"command": command, "error": done.stderr[-1500:]})
+        _cmake("build/gpu", "-DMASKTRAIN_CUDA=OFF")
         _native._load.cache_clear()
     assert _native.cpu() is not None, _native.why_not()
     return {"library": _native.describe()}
+
+
+def _build_cuda(device: object) -> Row:
+    from suite.harness import CannotRun
+
+    from masktrain.kernels import _cuda_native
+
+    if _cuda_native._load().library is None:
+        if "cuda" not in str(device):
+            raise CannotRun("the CUDA library serves a GPU")
+        compiler = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+        if compiler is None:
+            raise CannotRun("no nvcc here")
+        _cmake(
+            "build/gpu_cuda",
+            "-DMASKTRAIN_CUDA=ON",
+            f"-DCMAKE_CUDA_COMPILER={compiler}",
+            target="masktrain_cuda",
+        )
+        _cuda_native._load.cache_clear()
+    assert _cuda_native._load().library is not None, _cuda_native.describe()
+    return {"library": _cuda_native.describe()}
+
+
+def _cmake(folder: str, *options: str, target: str = "all") -> None:
+    from suite.harness import CannotRun
+
+    if shutil.which("cmake") is None:
+        raise CannotRun("no cmake here")
+    for command in (
+        ["cmake", "-S", ".", "-B", folder, "-DCMAKE_BUILD_TYPE=Release", *options],
+        ["cmake", "--build", folder, "--target", target, "-j", str(os.cpu_count() or 1)],
+    ):
+        done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, json.dumps({"command": command, "error": done.stderr[-1500:]})
 
 
 if __name__ == "__main__":

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from masktrain.recipes import RECIPES, distinct, find
+from masktrain.training.op_cases import OPS, REPRESENTATIVES, implementations, representative_ops
+
 REPO = Path(__file__).resolve().parents[1]
 SUITE = REPO / "benchmarks" / "gpu_suite.py"
 # What else a full installation brings.
@@ -42,7 +45,7 @@ sys.path.insert(0, {str(SUITE.parent)!r})
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 # What only a GPU can answer.
-NEEDS_GPU = {"property captured draw", "property no host sync"}
+NEEDS_GPU = {"property captured draw"} | {f"property no host sync {name}" for name in distinct()}
 
 
 def run(*arguments: str | Path, bare: bool = False, timeout: float = 280) -> subprocess.CompletedProcess[str]:
@@ -67,8 +70,24 @@ def test_rehearsal_runs_every_check(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert {row["check"] for row in found} == wanted
     unable = {row["check"] for row in found if row["status"] == "cannot run"}
-    assert unable - {"golden mae_ast", "build native"} == NEEDS_GPU
+    assert unable - {"golden", "build native", "build cuda"} == NEEDS_GPU
     assert all(row["question"] and row["seconds"] is not None for row in found)
+
+
+def test_no_row_is_missing() -> None:
+    """A step of each recipe in both batches, of distinct ones eager, compiled and by each attention; every op."""
+    names = set(run("--device", "cpu", "--list").stdout.splitlines())
+    for batch in (64, 512):
+        assert {f"step {name} {batch} published" for name in RECIPES} <= names
+        for form in ("native attention", "triton attention", "native attention, compiled"):
+            assert {f"step {name} {batch} no attention dropout, {form}" for name in distinct()} <= names
+    assert {f"bench {op}" for op in OPS} <= names
+    assert {f"property step equals the CPU {name}" for name in distinct()} <= names
+    for name in REPRESENTATIVES:
+        rows_of = {row for row in names if row.startswith("verify") and row.endswith(f" {name} tiny")}
+        for op in representative_ops(find(name, "tiny")):
+            has_kernel = any(i.name == "triton" for i in implementations(op))
+            assert any(row.split()[1:3] == [op, "triton"] for row in rows_of) == has_kernel, (name, op)
 
 
 def test_resume_leaves_out_what_is_done_and_time_over_is_said(tmp_path: Path) -> None:

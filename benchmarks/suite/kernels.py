@@ -11,15 +11,21 @@ import torch
 from masktrain.recipes import find
 from masktrain.training.bench import GROUPS, bench, ceiling_rows
 from masktrain.training.measure import Ceilings, Stopwatch
-from masktrain.training.op_cases import OPS, Case, Problem, cases, implementations
+from masktrain.training.op_cases import (
+    REPRESENTATIVES,
+    Case,
+    Problem,
+    cases,
+    implementations,
+    representative_ops,
+)
 from masktrain.training.verify import CLIPS, UNAVAILABLE, WRONG, verify_case
 from suite.harness import CannotRun, Check, Row
 
 # dtypes in the order of their weight in training; what draws and the front end know one each
 HALVES = (torch.bfloat16, torch.float32, torch.float16)
 EXACT = ("philox_words", "select_tokens", "block_marks")
-FLOAT32 = ("attention_keep_padded", "resample", "log_mel")
-RECIPES = ("mae_ast_frame", "mae_ast_patch")
+FLOAT32 = ("attention_keep_padded", "resample", "log_mel", "patch_mad")
 # In the interpreter every value takes microseconds.
 REHEARSAL = {"clips": 2, "frames": 36}
 
@@ -38,28 +44,30 @@ class Kernels:
         return watch, Ceilings(watch)
 
     def verify(self) -> Iterator[Check]:
-        """Every Triton kernel, torch's attention, and the integers of the references on this device."""
+        """Every Triton kernel, torch's attention, the CUDA library, the integers of the references on this device."""
         for size in self.sizes:
             for dtype in HALVES:
-                for recipe in RECIPES:
-                    for op in OPS:
+                for recipe in REPRESENTATIVES:
+                    for op in representative_ops(find(recipe, size)):
                         own = torch.int64 if op in EXACT else torch.float32 if op in FLOAT32 else dtype
-                        if dtype != (torch.float32 if own == torch.int64 else own) or (
-                            op == "block_marks" and recipe == "mae_ast_frame"
-                        ):
+                        if dtype != (torch.float32 if own == torch.int64 else own):
                             continue
                         for name in self._named(op):
                             label = str(own).removeprefix("torch.")
                             yield Check(
                                 f"verify {op} {name} {label} {recipe} {size}",
-                                f"Is {op} by {name} right in {label}, results and gradients, at the sizes of {recipe} {size}?",
+                                f"Is {op} by {name} right in {label}, with gradients, at the sizes of {recipe} {size}?",
                                 partial(self._verify, recipe, size, dtype, op, name),
                             )
 
     @staticmethod
     def _named(op: str) -> list[str]:
         names = {i.name for i in implementations(op)}
-        wanted = ["triton"] + ["native"] * (op == "varlen_attention") + ["reference"] * (op in EXACT)
+        wanted = (
+            ["triton"]
+            + ["native"] * (op in ("varlen_attention", "select_tokens"))
+            + ["reference"] * (op in EXACT)
+        )
         return [name for name in wanted if name in names]
 
     def _cases(self, recipe: str, size: str, dtype: torch.dtype) -> list[Case]:
@@ -95,12 +103,14 @@ class Kernels:
                 )  # fmt: skip
 
     def _bench(self, op: str) -> list[Row]:
+        found = [find(name, self.sizes[0]) for name in REPRESENTATIVES]
+        recipes = [(recipe, (op,)) for recipe in found if op in representative_ops(recipe)]
         # on the GPU 4000 and 64000 tokens
         rows: list[Row] = []
         for clips in (REHEARSAL["clips"],) if self.rehearsal else (128, 8):
             frames = 16 if self.rehearsal else None
             rows += bench(
-                [find(name, self.sizes[0]) for name in RECIPES], (op,), *self.clock(), clips=clips, frames=frames,
+                recipes, *self.clock(), clips=clips, frames=frames,
                 seconds=0.0 if self.rehearsal else 0.1, compiled=not self.rehearsal,
             )  # fmt: skip
         broken = [f"{r['case']} {r['provider']}: {r['detail']}" for r in rows if r["status"] == WRONG]

@@ -13,7 +13,7 @@ from torch import Tensor
 from masktrain.kernels.block_marks import block_marks
 from masktrain.kernels.dropout import attention_keep_padded, dropout
 from masktrain.kernels.select_tokens import select_tokens
-from masktrain.recipes import find
+from masktrain.recipes import distinct, find
 from masktrain.training.op_cases import Problem, forced
 from suite.harness import CannotRun, Check, Row
 from suite.steps import Trainer
@@ -35,11 +35,12 @@ def checks(device: torch.device, *, rehearsal: bool) -> Iterator[Check]:
         "Does each recipe draw the same masks here as on the CPU?",
         partial(_plans, *args),
     )
-    yield Check(
-        "property step equals the CPU",
-        "Does a float32 training step give the loss and gradient norm that the references give on the CPU?",
-        partial(_step_equals, device),
-    )
+    for name in distinct():
+        yield Check(
+            f"property step equals the CPU {name}",
+            f"Does a float32 step of {name} give the loss and gradient norm that the references give on the CPU?",
+            partial(_step_equals, device, name),
+        )
     yield Check(
         "property compiled draw",
         "Does a compiled step draw new masks from a new counter, equal to eager ones, without compiling again?",
@@ -50,9 +51,12 @@ def checks(device: torch.device, *, rehearsal: bool) -> Iterator[Check]:
         "Does a captured CUDA graph draw new masks and dropout from a new counter, equal to eager ones?",
         partial(_captured, *args),
     )
-    yield Check(
-        "property no host sync", "Does the host wait for the GPU in a step?", partial(_no_sync, device)
-    )
+    for name in distinct():
+        yield Check(
+            f"property no host sync {name}",
+            f"Does the host wait for the GPU in a step of {name}?",
+            partial(_no_sync, device, name),
+        )
 
 
 def _draw(problem: Problem) -> tuple[Callable[[Tensor], tuple[Tensor, ...]], Tensor]:
@@ -81,12 +85,14 @@ def _draw(problem: Problem) -> tuple[Callable[[Tensor], tuple[Tensor, ...]], Ten
 
 
 def _plans(device: torch.device, clips: int, frames: int | None) -> Row:
-    for name in ("mae_ast_frame", "mae_ast_patch"):
+    for name in distinct():
         problem = Problem(find(name, "tiny"), device, clips, frames)
-        ours = problem.recipe.masking.plan(problem.layout, problem.key)
-        for field in ("visible", "masked", "cu_visible", "cu_masked"):
-            # the problem's own plan is drawn by the references on the CPU
-            assert torch.equal(getattr(ours, field), getattr(problem.plan, field)), f"{name}: {field} differs"
+        for draw in range(problem.recipe.model.masks):
+            ours = problem.recipe.masking.plan(problem.layout, problem.key, draw)
+            wanted = problem.reference_plan(draw)
+            for field in ("visible", "masked", "cu_visible", "cu_masked"):
+                differs = f"{name}, mask {draw}: {field} differs"
+                assert torch.equal(getattr(ours, field), getattr(wanted, field)), differs
     return {}
 
 
@@ -107,13 +113,11 @@ def _dropout_bits(device: torch.device, clips: int, frames: int | None) -> Row:
     return {}
 
 
-def _step_equals(device: torch.device) -> Row:
+def _step_equals(device: torch.device, name: str) -> Row:
     results = []
     for place, implementation in ((device, "auto"), (torch.device("cpu"), "reference")):
         with forced(implementation):
-            trainer = Trainer(
-                "mae_ast_patch", "tiny", place, clips=3, seconds=0.4, precision="fp32", layers=2
-            )
+            trainer = Trainer(name, "tiny", place, clips=3, seconds=0.4, precision="fp32", layers=2)
             result = trainer.step()
             results.append((float(result.loss), float(result.grad_norm)))
     (loss, norm), (loss_cpu, norm_cpu) = results
@@ -180,10 +184,11 @@ def _captured(device: torch.device, clips: int, frames: int | None) -> Row:
     return {}
 
 
-def _no_sync(device: torch.device) -> Row:
+def _no_sync(device: torch.device, name: str) -> Row:
     if device.type != "cuda":
         raise CannotRun("only a GPU can be waited for")
-    trainer = Trainer("mae_ast_patch", "tiny", device, clips=16, seconds=10.0)
+    seconds = find(name).data.clip_seconds or 10.0
+    trainer = Trainer(name, "tiny", device, clips=16, seconds=seconds)
     for _ in range(3):
         trainer.step()
     torch.cuda.synchronize(device)

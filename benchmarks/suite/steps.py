@@ -14,8 +14,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from masktrain.kernels.varlen_attention import op as varlen_attention
-from masktrain.models.mae_ast import MaeAst
-from masktrain.recipes import RECIPES, find
+from masktrain.models import registry
+from masktrain.recipes import RECIPES, distinct, find
 from masktrain.training import optim, precision, schedule
 from masktrain.training.distributed import World
 from masktrain.training.metrics import peak_flops, peak_memory
@@ -52,15 +52,17 @@ class Trainer:
         compiled: bool = False,
     ) -> None:
         found = find(recipe, size)
-        model = found.model if attention_dropout else replace(found.model, attention_dropout=0.0)
+        changes: dict[str, float] = {} if attention_dropout else {"attention_dropout": 0.0}
         if compiled:
             # each set of layers that a step drops would be compiled by itself
-            model = replace(model, encoder_layerdrop=0.0)
+            changes["encoder_layerdrop"] = 0.0
         if layers is not None:
-            model = replace(model, encoder_layers=layers, decoder_layers=1)
-        self.recipe = replace(found, model=model, batch_size=clips)
+            changes |= {"encoder_layers": layers, "decoder_layers": 1}
+        # models without dropout have no such fields
+        changes = {name: value for name, value in changes.items() if hasattr(found.model, name)}
+        self.recipe = replace(found, model=replace(found.model, **changes), batch_size=clips)
         torch.manual_seed(0)
-        net = MaeAst(self.recipe.model, self.recipe.grid, self.recipe.input_norm).to(device)
+        net = registry.build(self.recipe.model, self.recipe.grid, self.recipe.input_norm).to(device)
         lr = self.recipe.optim.peak_lr(clips)
         self._step = Step(
             self.recipe,
@@ -71,10 +73,8 @@ class Trainer:
             _precision(precision, device),
         )
         if compiled:
-            # what was compiled for another recipe must not make its sizes variables here
-            torch._dynamo.reset()
             backend = "inductor" if device.type == "cuda" else "eager"
-            self._step.distributed = torch.compile(net, backend=backend, dynamic=False)
+            self._step.distributed = torch.compile(net, backend=backend, dynamic=False, fullgraph=True)
         rate = self.recipe.frontend.sample_rate
         length = round(seconds * rate)
         noise = 0.1 * torch.randn(clips * length, generator=torch.Generator().manual_seed(1))
@@ -116,12 +116,22 @@ def only_attention(implementation: str | None) -> Iterator[None]:
         varlen_attention.IMPLEMENTATIONS = before
 
 
-def checks(device: torch.device, *, rehearsal: bool, six_layers: bool) -> Iterator[Check]:
-    """Yield the steps of the 12-layer recipes, or of those with 6 layers."""
+def forms(recipe: str) -> list[str]:
+    """Return the forms that differ for a recipe: without attention dropout, those with it are those without."""
+    has_dropout = getattr(find(recipe).model, "attention_dropout", 0.0) > 0
+    return [
+        form
+        for form, (_, published, _) in FORMS.items()
+        if has_dropout or form == "published" or not published
+    ]
+
+
+def checks(device: torch.device, *, rehearsal: bool, variants: bool) -> Iterator[Check]:
+    """Yield the steps of the recipes in each form, or those of their variants as published."""
     for batch in BATCHES:
         for recipe in RECIPES:
-            if recipe.endswith("_6l") == six_layers:
-                for form in FORMS if not six_layers else list(FORMS)[:1]:
+            if (recipe not in distinct()) == variants:
+                for form in forms(recipe) if not variants else list(FORMS)[:1]:
                     yield Check(
                         f"step {recipe} {batch} {form}",
                         f"How fast is a step of {recipe} at batch {batch}, {form}, eager unless it says compiled?",
@@ -131,7 +141,9 @@ def checks(device: torch.device, *, rehearsal: bool, six_layers: bool) -> Iterat
 
 def _measure(device: torch.device, recipe: str, batch: int, form: str, rehearsal: bool) -> Row:
     attention, dropout, compiled = FORMS[form]
-    clips, seconds = (1 if batch == 64 else 2, 0.2) if rehearsal else (batch, 10.0)
+    clips, seconds = (
+        (1 if batch == 64 else 2, 0.2) if rehearsal else (batch, find(recipe).data.clip_seconds or 10.0)
+    )
     with only_attention(attention):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -156,8 +168,8 @@ def _measure(device: torch.device, recipe: str, batch: int, form: str, rehearsal
     ordered = sorted(taken)
     return {
         "recipe": recipe, "batch": batch, "form": form, "precision": trainer.precision, "clips": clips,
-        "clip_seconds": seconds, "attention_dropout": trainer.recipe.model.attention_dropout,
-        "layerdrop": trainer.recipe.model.encoder_layerdrop, "compiled": compiled,
+        "clip_seconds": seconds, "attention_dropout": getattr(trainer.recipe.model, "attention_dropout", 0.0),
+        "layerdrop": getattr(trainer.recipe.model, "encoder_layerdrop", 0.0), "compiled": compiled,
         "step_ms": 1000 * ordered[len(ordered) // 2], "p20_ms": 1000 * ordered[len(ordered) // 5],
         "p80_ms": 1000 * ordered[4 * len(ordered) // 5], "n": len(ordered),
         "clips_per_s": sum(r.clips for r in results) / took, "tokens_per_s": sum(r.tokens for r in results) / took,

@@ -19,6 +19,8 @@ COMMANDS = {
     "run": ("run", "pretrain a recipe: masktrain run --recipe mae_ast_frame [--data clips.csv]"),
     "recipes": ("recipes", "list, show NAME, diff A B"),
     "data": ("data", "index, stats, demo"),
+    "import": ("import_", "published weights into a checkpoint: masktrain import FILE --as RECIPE"),
+    "export": ("export", "a checkpoint under the reference's names, or its encoder as timm's ViT"),
     "doctor": (
         "doctor",
         "which kernels, attention and data path serve here, and why; --verify proves the kernels",

@@ -17,7 +17,6 @@ from masktrain.errors import ConfigError, nearest
 ACTIONS = ("kernels", "attention")
 USAGE = """usage: masktrain bench kernels|attention [--device DEVICE] [--seconds N] [--no-compile] [--json PATH]
 """
-RECIPES = ("mae_ast_frame", "mae_ast_patch")
 # 4000 and 64000 tokens on a GPU; on a CPU what the references finish in seconds.
 CLIPS = {"cpu": (4,), "cuda": (8, 128)}
 SHOWN = (
@@ -45,7 +44,7 @@ class Options:
     seconds: float = 0.5
     """Time for each op, provider and mode."""
     recipe: str | None = None
-    """Sizes of this recipe only."""
+    """Sizes of this recipe only; without it, of one recipe for each form and shape that an op has."""
     size: str = "base"
     """Named size of the recipe's model: tiny, small or base."""
     compile: bool = True
@@ -72,8 +71,13 @@ def main(arguments: list[str]) -> None:
     from masktrain.training.bench import DTYPES, GROUPS, bench, ceiling_rows, provenance
     from masktrain.training.distributed import pick_device
     from masktrain.training.measure import Ceilings, Stopwatch
+    from masktrain.training.op_cases import REPRESENTATIVES, ops_of, representative_ops
 
-    recipes = [find(name, options.size) for name in ([options.recipe] if options.recipe else RECIPES)]
+    found = [find(name, options.size) for name in ([options.recipe] if options.recipe else REPRESENTATIVES)]
+    recipes = []
+    for recipe in found:
+        ops = ops_of(recipe) if options.recipe else representative_ops(recipe)
+        recipes.append((recipe, [op for op in ops if op in GROUPS[action]]))
     device = pick_device(options.device)
     watch = Stopwatch(device)
     ceilings = Ceilings(watch)
@@ -88,7 +92,6 @@ def main(arguments: list[str]) -> None:
     for clips in CLIPS[device.type]:
         for row in bench(
             recipes,
-            GROUPS[action],
             watch,
             ceilings,
             clips=clips,

@@ -47,8 +47,8 @@ OPTIONAL = {
 }
 
 
-# whose sizes the kernels are verified at
-VERIFIED = tuple((name, size) for size in ("base", "tiny") for name in ("mae_ast_frame", "mae_ast_patch"))
+# of the recipes that the kernels are verified at
+SIZES = ("base", "tiny")
 
 
 def main(arguments: list[str]) -> int:
@@ -81,11 +81,13 @@ def _verify(console: Console) -> tuple[dict[str, Any], int]:
     from masktrain.recipes import find
     from masktrain.training.distributed import pick_device
     from masktrain.training.measure import Ceilings, Stopwatch
+    from masktrain.training.op_cases import REPRESENTATIVES, representative_ops
     from masktrain.training.verify import UNAVAILABLE, WRONG, Verdict, table_of_absent, verify
 
     watch = Stopwatch(pick_device("auto"))
     ceilings = Ceilings(watch)
-    recipes = [find(name, size) for name, size in VERIFIED]
+    found = [find(name, size) for size in SIZES for name in REPRESENTATIVES]
+    recipes = [(recipe, representative_ops(recipe)) for recipe in found]
     verdicts: list[Verdict] = []
     with console.status("verifying") as status:
         for verdict in verify(recipes, watch.device, clock=(watch, ceilings)):
@@ -150,7 +152,7 @@ def _print_rows(console: Console, title: str, rows: list[dict[str, str]]) -> Non
 def _machine() -> dict[str, str]:
     import torch
 
-    from masktrain.kernels import _native
+    from masktrain.kernels import _cuda_native, _native
 
     found = {
         "python": platform.python_version(),
@@ -158,6 +160,7 @@ def _machine() -> dict[str, str]:
         "cpu": f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads, "
         f"{torch.backends.cpu.get_cpu_capability()}",
         "native library": _native.describe(),
+        "CUDA library": _cuda_native.describe(),
         "nvcc": shutil.which("nvcc") or "not found: nothing here needs it",
     }
     if torch.cuda.is_available():

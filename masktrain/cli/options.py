@@ -226,7 +226,7 @@ def _text(option: Option, name: str, hint: Any, text: str) -> str:
     if type(None) in members and text.lower() == "none":
         return "None"
     choices: list[str] = [
-        choice for m in members if typing.get_origin(m) is Literal for choice in typing.get_args(m)
+        str(choice) for m in members if typing.get_origin(m) is Literal for choice in typing.get_args(m)
     ]
     if text in choices or any(_is(m, text) for m in members if typing.get_origin(m) is not Literal):
         return text

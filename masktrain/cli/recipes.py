@@ -17,6 +17,8 @@ from masktrain.config import differences, flatten, to_dict
 from masktrain.errors import ConfigError, nearest
 from masktrain.recipes import RECIPES, SIZES, find
 
+# what is said about a recipe's values, and its class
+PROSE = ("type", "readings", "sources")
 ACTIONS = ("list", "show", "diff")
 USAGE = """usage: masktrain recipes list [--json PATH]
        masktrain recipes show NAME[:SIZE] [--json PATH]
@@ -78,10 +80,12 @@ def _list(names: tuple[str, ...]) -> Any:
 
 def _show(names: tuple[str, ...]) -> Any:
     recipe = _named(names[0])
-    table = Table("field", "value", box=None)
+    own = {field for field, _, _ in differences(recipe, find(recipe.name, SIZES[-1]))}
+    table = Table("field", "value", "source", box=None)
     for field, value in flatten(recipe).items():
-        if field not in ("type", "readings"):
-            table.add_row(field, str(value))
+        if field not in PROSE:
+            source = f"size {recipe.size} of this project" if field in own else recipe.source(field)
+            table.add_row(field, str(value), source)
     _print(table)
     print("Readings:")
     for reading in recipe.readings:
@@ -93,7 +97,7 @@ def _diff(names: tuple[str, ...]) -> Any:
     rows = differences(_named(names[0]), _named(names[1]))
     table = Table("field", names[0], names[1], box=None)
     for field, a, b in rows:
-        if field != "readings":
+        if field not in PROSE:
             table.add_row(field, str(a), str(b))
     _print(table)
     return [{"field": field, names[0]: a, names[1]: b} for field, a, b in rows]

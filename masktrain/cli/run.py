@@ -127,11 +127,16 @@ def _fresh(options: Options, rest: list[str]) -> RunSpec:
 def _adjusted(recipe: Recipe, options: Options, rest: list[str]) -> Recipe:
     """Apply the masking strategy, whose fields may be overridden, the dotted overrides, then the named options."""
     from masktrain.masking.registry import strategy
+    from masktrain.masking.time_frequency import TimeFrequencyMasking
     from masktrain.training.run_spec import check_numbers
 
     if options.masking is not None and options.masking != type(recipe.masking).name:
         cls = strategy(options.masking)
-        recipe = replace(recipe, masking=cls(mask_ratio=recipe.masking.mask_ratio))
+        # two shares do not follow from one: that strategy begins with its own
+        masking = (
+            cls() if issubclass(cls, TimeFrequencyMasking) else cls(mask_ratio=recipe.masking.mask_ratio)
+        )
+        recipe = replace(recipe, masking=masking)
     for name, group in SHORT_FOR.items():
         short, long = (f"--{part}{name.replace('_', '-')}" for part in ("", f"{group}."))
         if getattr(options, name) is not None and any(a.replace("_", "-").startswith(long) for a in rest):

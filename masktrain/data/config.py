@@ -24,7 +24,8 @@ class DataConfig:
     prefetch: steps that are read ahead of the one in use.
     padding, crop_to_batch_min, target_length: the length policy, which the training step applies to
     spectrograms.
-        padding="reference" pads or cuts every clip to `target_length` frames; crop_to_batch_min cuts every
+        padding="reference" pads or cuts every clip to `target_length` frames, with log-mel values of 0;
+        padding="silence" fills every clip with zero samples up to clip_seconds; crop_to_batch_min cuts every
         clip of a batch to the shortest; otherwise clips keep their lengths.
     """
 
@@ -33,7 +34,7 @@ class DataConfig:
     loader: Literal["auto", "dali", "soundfile"] = "auto"
     workers: int | None = None
     prefetch: int = 2
-    padding: Literal["none", "reference"] = "none"
+    padding: Literal["none", "reference", "silence"] = "none"
     crop_to_batch_min: bool = False
     target_length: int | None = None
 
@@ -53,10 +54,12 @@ class DataConfig:
             raise ConfigError(
                 "data.padding: 'reference' needs data.target_length, the frames to pad or cut to."
             )
-        if self.padding == "reference" and self.crop_to_batch_min:
+        if self.padding == "silence" and seconds is None:
+            raise ConfigError("data.padding: 'silence' needs data.clip_seconds, the length to fill clips to.")
+        if self.padding != "none" and self.crop_to_batch_min:
             raise ConfigError(
-                "data.crop_to_batch_min: does not go with data.padding 'reference', which gives every clip "
-                "data.target_length frames; choose one of the two."
+                f"data.crop_to_batch_min: does not go with data.padding {self.padding!r}, which gives every clip "
+                "the same length; choose one of the two."
             )
         if self.target_length is not None:
             _between("target_length", self.target_length, 1, 1_000_000)

@@ -10,7 +10,7 @@ import torch
 from masktrain.frontend.config import FrontendConfig
 from masktrain.kernels.log_mel import log_mel
 from masktrain.kernels.resample import resample
-from masktrain.types import AudioBatch, Spectrogram, cumulative
+from masktrain.types import AudioBatch, Spectrogram, StepKey, cumulative
 
 CHUNK_SAMPLES = {"cpu": 1 << 18}
 CHUNK_SAMPLES_ELSEWHERE = 1 << 25
@@ -25,14 +25,17 @@ class Frontend:
         self.config = config
 
     @torch.no_grad()
-    def __call__(self, batch: AudioBatch) -> Spectrogram:
+    def __call__(self, batch: AudioBatch, key: StepKey | None = None) -> Spectrogram:
         """Return the spectrogram of each clip, not normalised, clips of no frame included.
+
+        key: of a training step, which draws the jitter of the mel filters; None for evaluation.
 
         frames are in the dtype of the samples; the waveform between the two ops is float64, since a float32
         one moves bins far below their frame's maximum by more than 1e-3. The lengths follow from those of the
         clips (`config.frames_for`), so nothing waits for the device.
         """
         rate = self.config.sample_rate
+        mel = self.config.drawn(key)
         dtype = batch.samples.dtype
         pieces = [batch.samples.new_empty(0, self.config.n_mels)]
         counts: tuple[int, ...] = ()
@@ -42,7 +45,7 @@ class Frontend:
             source = batch.samples[first : first + sum(lengths)]
             first += len(source)
             wave, lengths = resample(source, lengths, batch.sample_rates[clips], rate, dtype=torch.float64)
-            frames, frame_counts = log_mel(wave, lengths, self.config.mel, dtype=dtype)
+            frames, frame_counts = log_mel(wave, lengths, mel, dtype=dtype)
             pieces.append(frames)
             counts += frame_counts
         return Spectrogram(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Length policies of packed spectrograms: crop, crop to the shortest, pad with zeros.
+"""Length policies: waveforms filled with silence; spectrograms cropped, cropped to the shortest, padded with zeros.
 
 A random crop of a clip depends on (seed, step, clip id) and its number of frames alone: word 0 of the clip's
 FRAME_CROP stream, scaled to the number of positions.
@@ -7,11 +7,13 @@ FRAME_CROP stream, scaled to the number of positions.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from masktrain.kernels.philox import Purpose, philox_words
-from masktrain.types import Spectrogram, StepKey, cumulative
+from masktrain.types import AudioBatch, Spectrogram, StepKey, cumulative
 
 
 def crop_to(spectrogram: Spectrogram, frames: int, key: StepKey | None) -> Spectrogram:
@@ -59,6 +61,21 @@ def pad_to(spectrogram: Spectrogram, frames: int, key: StepKey | None = None) ->
     return Spectrogram(
         frames=padded, lengths=(frames,) * clips, cu_frames=cu_frames, clip_ids=cropped.clip_ids
     )
+
+
+def fill_with_silence(audio: AudioBatch, seconds: float) -> AudioBatch:
+    """Return clips of at least `seconds`, shorter ones filled with zero samples at their ends
+    (WangHelin1997/MaskSpec:audioset/dataset.py)."""
+    wanted = (round(seconds * rate) for rate in audio.sample_rates)
+    lengths = tuple(max(n, w) for n, w in zip(audio.lengths, wanted, strict=True))
+    if lengths == audio.lengths:
+        return audio
+    device = audio.samples.device
+    cu = cumulative(lengths, torch.int64, device)
+    clips = cumulative(audio.lengths, torch.int64, device)
+    filled = audio.samples.new_zeros(sum(lengths))
+    filled.index_copy_(0, _runs(cu[:-1], clips, audio.lengths), audio.samples)
+    return replace(audio, samples=filled, lengths=lengths)
 
 
 def _runs(starts: Tensor, cu: Tensor, lengths: tuple[int, ...]) -> Tensor:

@@ -57,7 +57,7 @@ _M2D = MelSpec(
     eps=FLOAT32_EPS,
 )
 # kkoutini/PaSST:models/preprocess.py, AugmentMelSTFT in eval mode: fmax = 16000 - fmax_aug_range / 2 with
-# range 1000.
+# range 1000. In training mode both edges are drawn anew in each call.
 _PASST = MelSpec(
     sample_rate=32_000,
     n_fft=1024,
@@ -94,13 +94,18 @@ _SPECS = {
 PRESETS = tuple(_SPECS)
 
 
+# fmin_aug_range and fmax_aug_range of the same files
+_JITTER = {"passt": (10, 1000), "maskspec": (10, 2000)}
+
+
 def preset(name: str) -> FrontendConfig:
     """Return the front end called `name`."""
     if name not in _SPECS:
         raise ConfigError(
             f"frontend: no preset {name!r}.{nearest(name, PRESETS)} Allowed: {', '.join(PRESETS)}."
         )
-    return FrontendConfig(preset=name, mel=_SPECS[name])
+    fmin_jitter, fmax_jitter = _JITTER.get(name, (0, 0))
+    return FrontendConfig(preset=name, mel=_SPECS[name], fmin_jitter=fmin_jitter, fmax_jitter=fmax_jitter)
 
 
 @dataclass(frozen=True, kw_only=True)

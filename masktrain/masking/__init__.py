@@ -4,6 +4,7 @@
 from masktrain.masking.plan import check_plan, plan_from_ids, visible_count
 from masktrain.masking.registry import STRATEGIES, Strategy, strategy
 from masktrain.masking.strategies import ChunkMasking, FrameMasking, RandomMasking
+from masktrain.masking.time_frequency import TimeFrequencyMasking
 
 __all__ = [
     "STRATEGIES",
@@ -11,6 +12,7 @@ __all__ = [
     "FrameMasking",
     "RandomMasking",
     "Strategy",
+    "TimeFrequencyMasking",
     "check_plan",
     "plan_from_ids",
     "strategy",

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 from masktrain.errors import ConfigError, nearest
 from masktrain.masking.strategies import ChunkMasking, FrameMasking, RandomMasking
+from masktrain.masking.time_frequency import TimeFrequencyMasking
 
-Strategy = RandomMasking | ChunkMasking | FrameMasking
+Strategy = RandomMasking | ChunkMasking | FrameMasking | TimeFrequencyMasking
 """Any masking strategy: the type of a recipe's `masking` field."""
 
-STRATEGIES: dict[str, type[Strategy]] = {cls.name: cls for cls in (RandomMasking, ChunkMasking, FrameMasking)}
+STRATEGIES: dict[str, type[Strategy]] = {
+    cls.name: cls for cls in (RandomMasking, ChunkMasking, FrameMasking, TimeFrequencyMasking)
+}
 
 
 def strategy(name: str) -> type[Strategy]:

@@ -58,8 +58,8 @@ class RandomMasking:
     def __post_init__(self) -> None:
         _check_ratio(self.mask_ratio)
 
-    def plan(self, layout: TokenLayout, key: StepKey) -> MaskPlan:
-        """Return the mask of one batch."""
+    def plan(self, layout: TokenLayout, key: StepKey, draw: int = 0) -> MaskPlan:
+        """Return a mask of one batch; the draws of a step are independent."""
         if self.shared_in_batch:
             _check_equal_lengths(layout)
         n_visible = tuple(visible_count(n, self.mask_ratio) for n in layout.lengths)
@@ -70,6 +70,7 @@ class RandomMasking:
             key.counter,
             layout.clip_ids,
             shared=self.shared_in_batch,
+            stream=draw,
         )
         return make_plan(layout, visible, masked, n_visible)
 
@@ -108,8 +109,8 @@ class ChunkMasking:
         _check_choice("growth", self.growth, ("clipped", "wrap"))
         _check_choice("truncation", self.truncation, ("random", "first"))
 
-    def plan(self, layout: TokenLayout, key: StepKey) -> MaskPlan:
-        """Return the mask of one batch."""
+    def plan(self, layout: TokenLayout, key: StepKey, draw: int = 0) -> MaskPlan:
+        """Return a mask of one batch; the draws of a step are independent."""
         if self.shared_in_batch:
             _check_equal_lengths(layout)
         n_visible = tuple(visible_count(n, self.mask_ratio) for n in layout.lengths)
@@ -126,6 +127,7 @@ class ChunkMasking:
             truncation=self.truncation,
             spare_first=self.spare_first,
             shared=self.shared_in_batch,
+            stream=draw,
         )
         visible, masked = select_tokens(
             layout.cu_tokens,
@@ -135,6 +137,7 @@ class ChunkMasking:
             layout.clip_ids,
             classes=marks,
             shared=self.shared_in_batch,
+            stream=draw,
         )
         return make_plan(layout, visible, masked, n_visible)
 
@@ -154,12 +157,14 @@ class FrameMasking:
     def __post_init__(self) -> None:
         _check_ratio(self.mask_ratio)
 
-    def plan(self, layout: TokenLayout, key: StepKey) -> MaskPlan:
-        """Return the mask of one batch."""
+    def plan(self, layout: TokenLayout, key: StepKey, draw: int = 0) -> MaskPlan:
+        """Return a mask of one batch; the draws of a step are independent."""
         grid, cu_tokens = layout.grid, layout.cu_tokens
         kept_columns = tuple(visible_count(c, self.mask_ratio) for c in layout.columns)
         cu_columns = cumulative_counts(layout.columns, cu_tokens.device)
-        _, hidden = select_tokens(cu_columns, layout.columns, kept_columns, key.counter, layout.clip_ids)
+        _, hidden = select_tokens(
+            cu_columns, layout.columns, kept_columns, key.counter, layout.clip_ids, stream=draw
+        )
         column_hidden = torch.zeros(sum(layout.columns), dtype=torch.uint8, device=cu_tokens.device)
         column_hidden[hidden] = 1
 
@@ -176,5 +181,6 @@ class FrameMasking:
             key.counter,
             layout.clip_ids,
             classes=column_hidden[first + column],
+            stream=draw,
         )
         return make_plan(layout, visible, masked, n_visible)

@@ -22,15 +22,21 @@ MOMENTUM = 0.1
 class InputNormConfig:
     """Where mean and scale of the log-mel come from."""
 
-    kind: Literal["batch", "global"]
+    kind: Literal["batch", "global", "per_bin"]
     """batch: one mean and variance over all frames and bins of the global batch, running values in
-    evaluation; global: dataset_mean and dataset_std."""
+    evaluation; global: dataset_mean and dataset_std; per_bin: a mean and a standard deviation of each mel bin,
+    measured on clips of the training set before the first step and kept with the weights."""
     factor: float = 0.5
     """Standard deviation after normalisation (0.5 in the AST family)."""
     dataset_mean: float | None = None
     """Mean of the training set's log-mel, for kind global."""
     dataset_std: float | None = None
     """Standard deviation of the training set's log-mel, for kind global."""
+    std_floor: float = 0.1
+    """Least standard deviation of a bin, for kind per_bin: bins at the floor of the logarithm have almost none, and
+    to divide by it magnifies whatever another file has there."""
+    measured_clips: int = 10_000
+    """Clips that kind per_bin is measured on, or all where there are fewer."""
 
     def __post_init__(self) -> None:
         if not self.factor > 0:
@@ -41,10 +47,16 @@ class InputNormConfig:
                 "input_norm: kind 'global' needs dataset_mean and dataset_std; received "
                 f"{self.dataset_mean!r} and {self.dataset_std!r}. Measure them, or take kind 'batch'."
             )
-        if self.kind == "batch" and any(given):
+        if self.kind != "global" and any(given):
             raise ConfigError(
-                "input_norm: kind 'batch' measures the batch, without dataset_mean or dataset_std; received "
+                f"input_norm: kind {self.kind!r} measures its own, without dataset_mean or dataset_std; received "
                 f"{self.dataset_mean!r} and {self.dataset_std!r}. Remove them, or take kind 'global'."
+            )
+        if not self.std_floor > 0:
+            raise ConfigError(f"input_norm.std_floor: must be above 0; received {self.std_floor!r}.")
+        if self.measured_clips < 1:
+            raise ConfigError(
+                f"input_norm.measured_clips: must be at least 1; received {self.measured_clips}."
             )
         if self.dataset_std is not None and not self.dataset_std > 0:
             raise ConfigError(f"input_norm.dataset_std: must be above 0; received {self.dataset_std!r}.")
@@ -56,20 +68,27 @@ class InputNorm(nn.Module):
     Kind "batch" is torch's BatchNorm2d(1, affine=False) times `factor` (AlanBaade/MAE-AST-Public:
     mae_ast/models/mae_ast.py): biased variance, eps 1e-5, running values with momentum 0.1 and unbiased
     variance. Its statistics are sums, so that micro-batches and ranks add up to those of the global batch.
-    Kind "global" is (x - dataset_mean) / (dataset_std / factor) (YuanGongND/ast:src/dataloader.py).
+    Kind "global" is (x - dataset_mean) / (dataset_std / factor) (YuanGongND/ast:src/dataloader.py), kind "per_bin"
+    the same bin by bin (WangHelin1997/MaskSpec:models/models_mae.py).
     """
 
     mean: Tensor
     scale: Tensor
     running_mean: Tensor
     running_var: Tensor
+    bin_mean: Tensor
+    bin_std: Tensor
 
-    def __init__(self, config: InputNormConfig) -> None:
+    def __init__(self, config: InputNormConfig, bins: int) -> None:
+        """bins: mel bins of the front end."""
         super().__init__()
         self.config = config
         if self.uses_batch:
             self.register_buffer("running_mean", torch.zeros(1))
             self.register_buffer("running_var", torch.ones(1))
+        elif config.kind == "per_bin":
+            self.register_buffer("bin_mean", torch.zeros(bins))
+            self.register_buffer("bin_std", torch.ones(bins))
         else:
             assert config.dataset_mean is not None and config.dataset_std is not None
             self.register_buffer("mean", torch.tensor([config.dataset_mean]), persistent=False)
@@ -92,8 +111,10 @@ class InputNorm(nn.Module):
     def affine(self, statistics: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return mean and scale, (1,) each, of the statistics of a batch, or of the running values for None.
 
-        Kind "global" takes None only and answers the same always.
+        The other kinds take None only and answer the same always; for "per_bin" both are (F,).
         """
+        if self.config.kind == "per_bin":
+            return self.bin_mean, self.config.factor / self.bin_std.clamp(min=self.config.std_floor)
         if not self.uses_batch:
             return self.mean, self.scale
         if statistics is None:
@@ -101,6 +122,12 @@ class InputNorm(nn.Module):
         mean, variance = _moments(statistics)
         scale = self.config.factor / torch.sqrt(variance + EPS)
         return mean.to(self.running_mean.dtype), scale.to(self.running_mean.dtype)
+
+    @torch.no_grad()
+    def set_bins(self, mean: Tensor, std: Tensor) -> None:
+        """Take the measured mean and standard deviation (F,) of each bin, for kind "per_bin"."""
+        self.bin_mean.copy_(mean)
+        self.bin_std.copy_(std)
 
     @torch.no_grad()
     def update(self, statistics: Tensor) -> None:

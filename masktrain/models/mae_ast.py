@@ -8,18 +8,20 @@ encoded: the reference embeds all patches first and then drops the masked ones, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from masktrain.errors import ConfigError
-from masktrain.kernels.mask_gather import mask_gather
 from masktrain.kernels.mask_scatter import mask_scatter
+from masktrain.models.flops import block_values, stack_flops
 from masktrain.models.input_norm import InputNorm, InputNormConfig
-from masktrain.models.positions import SinCosPositions
-from masktrain.models.transformer import STACK_SITES, Rows, Stack, StackConfig, drop
+from masktrain.models.positions import Positions, sincos_table
+from masktrain.models.pretrainer import Leading, Prediction, Pretrainer
+from masktrain.models.transformer import STACK_SITES, Stack, StackConfig, drop
 from masktrain.types import MaskPlan, Spectrogram, StepKey, TokenGrid
 
 # Dropout sites (masktrain/models/transformer.py lists those of a stack).
@@ -100,6 +102,8 @@ class MaeAstConfig:
             if not 0 <= getattr(self, name) < 0.9999:
                 raise ConfigError(f"model.{name}: must lie in [0, 0.9999); received {getattr(self, name)}.")
 
+    masks: ClassVar[int] = 1
+
     @property
     def has_bridge(self) -> bool:
         """Whether a linear layer stands between encoder and decoder."""
@@ -132,17 +136,7 @@ SIZES: dict[str, dict[str, Any]] = {
 """The fields of MaeAstConfig that a named size sets; "base" is the published one."""
 
 
-class MaeAstOutput(NamedTuple):
-    """encoder_out: (V, embed_dim), visible tokens ascending. decoder_out: (N, decoder_embed_dim), all tokens.
-    pred_recon, pred_class: (M, P), masked tokens ascending: reconstruction and matching head."""
-
-    encoder_out: Tensor
-    decoder_out: Tensor
-    pred_recon: Tensor
-    pred_class: Tensor
-
-
-class MaeAst(nn.Module):
+class MaeAst(Pretrainer):
     """The model of one token grid; see the module."""
 
     def __init__(self, config: MaeAstConfig, grid: TokenGrid, input_norm: InputNormConfig) -> None:
@@ -151,7 +145,7 @@ class MaeAst(nn.Module):
         super().__init__()
         self.config = config
         self.grid = grid
-        self.input_norm = InputNorm(input_norm)
+        self.input_norm = InputNorm(input_norm, bins=grid.freq * grid.patch_freq)
         self.patch_embed = nn.Linear(grid.patch_values, config.embed_dim)
         shared: dict[str, Any] = {
             "norm": config.norm,
@@ -185,69 +179,96 @@ class MaeAst(nn.Module):
         )
         self.reconstruction_head = nn.Linear(config.decoder_embed_dim, grid.patch_values)
         self.matching_head = nn.Linear(config.decoder_embed_dim, grid.patch_values)
-        self.encoder_positions = SinCosPositions(config.embed_dim)
-        self.decoder_positions = SinCosPositions(config.decoder_embed_dim)
+        self.encoder_positions = Positions(sincos_table, config.embed_dim)
+        self.decoder_positions = Positions(sincos_table, config.decoder_embed_dim)
 
     def forward(
-        self, spectrogram: Spectrogram, plan: MaskPlan, mean: Tensor, scale: Tensor, key: StepKey | None
-    ) -> MaeAstOutput:
-        """Predict the masked patches.
-
-        mean, scale: of the input norm, in the dtype of the frames. key: keys dropout and layerdrop in
-        training mode; None, or evaluation mode, drops nothing.
-        """
-        layout, grid = plan.layout, self.grid
-        if layout.grid != grid:
-            raise ValueError(f"MaeAst: the plan was made for {layout.grid}, the model for {grid}.")
+        self,
+        spectrogram: Spectrogram,
+        plans: tuple[MaskPlan, ...],
+        mean: Tensor,
+        scale: Tensor,
+        key: StepKey | None,
+    ) -> Prediction:
+        """See Pretrainer. encoder_out: (V, embed_dim), visible tokens ascending."""
+        self._check(plans)
+        (plan,) = plans
         key = key if self.training else None
+        encoder_out = self.encode(spectrogram, plan, mean, scale, key)
+        x = self.decode(encoder_out, plan, key, plan.masked)
+        return Prediction(encoder_out, self.reconstruction_head(x), self.matching_head(x))
+
+    def encode(
+        self, spectrogram: Spectrogram, plan: MaskPlan, mean: Tensor, scale: Tensor, key: StepKey | None
+    ) -> Tensor:
+        """Return (V, embed_dim) of the visible tokens, ascending."""
+        layout = plan.layout
+        seen = Leading(layout, 0).rows(plan.visible, plan.cu_visible, plan.n_visible)
+        x = self.patch_embed(self.read_patches(spectrogram, layout, plan.visible, mean, scale))
+        x = drop(x, self.config.dropout_input, seen, key, SITE_INPUT)
         longest = max(layout.lengths, default=0)
-        device = spectrogram.frames.device
-        all_rows = rows_of(None, layout.cu_tokens, layout.lengths, layout.cu_tokens, layout.clip_ids)
-        seen = rows_of(plan.visible, plan.cu_visible, plan.n_visible, layout.cu_tokens, layout.clip_ids)
-
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else self.patch_embed.weight.dtype
-        patches = mask_gather(
-            spectrogram.frames,
-            layout.cu_frames,
-            layout.cu_tokens,
-            plan.visible,
-            mean=mean,
-            scale=scale,
-            freq=grid.freq,
-            patch_freq=grid.patch_freq,
-            patch_time=grid.patch_time,
-            order=grid.order,
-            dtype=dtype,
-        )
-        x = drop(self.patch_embed(patches), self.config.dropout_input, seen, key, SITE_INPUT)
         x = x + self.encoder_positions.at(seen.positions, longest, self.patch_embed.weight.dtype)
-        encoder_out = self.encoder(x, seen, key)
+        return self.encoder(x, seen, key)
 
+    def decode(
+        self, encoder_out: Tensor, plan: MaskPlan, key: StepKey | None, wanted: Tensor | None
+    ) -> Tensor:
+        """Return (K, decoder_embed_dim) of the wanted tokens (K,), ids that count through the batch; None: all."""
+        layout = plan.layout
+        rows = Leading(layout, 0).rows(None, layout.cu_tokens, layout.lengths)
         x = encoder_out if self.bridge is None else self.bridge(encoder_out)
         x = mask_scatter(x, self.mask_token, plan.visible, plan.masked)
-        x = x + self.decoder_positions.at(all_rows.positions, longest, self.mask_token.dtype)
-        decoder_out = self.decoder(x, all_rows, key)
-
-        x = decoder_out.index_select(0, plan.masked)
-        return MaeAstOutput(encoder_out, decoder_out, self.reconstruction_head(x), self.matching_head(x))
+        longest = max(layout.lengths, default=0)
+        x = x + self.decoder_positions.at(rows.positions, longest, self.mask_token.dtype)
+        return self.decoder(x, rows, key, wanted)
 
     def active_layers(self, key: StepKey | None) -> tuple[int, int]:
         """Return how many blocks of encoder and decoder run in the step of `key`; all for None."""
         return len(self.encoder.active(key)), len(self.decoder.active(key))
 
+    def train_flops(self, plans: Sequence[MaskPlan], key: StepKey | None = None) -> int:
+        """See Pretrainer: three times forward, but the patch embedding has no gradient of its input."""
+        (plan,) = plans
+        layers = self.active_layers(key)
+        forward = forward_flops(
+            self.config, self.grid.patch_values, plan.n_visible, plan.layout.lengths, layers
+        )
+        return 3 * forward - 2 * sum(plan.n_visible) * self.grid.patch_values * self.config.embed_dim
 
-def rows_of(
-    tokens: Tensor | None, cu: Tensor, lengths: tuple[int, ...], cu_tokens: Tensor, clip_ids: Tensor
-) -> Rows:
-    """Return the Rows of the given tokens (N,), ids that count through the batch; None for all of them.
+    def activation_bytes(self, tokens: int, clips: int, mask_ratio: float) -> int:
+        """See Pretrainer."""
+        config, values = self.config, self.grid.patch_values
+        visible = clips * max(1, int(tokens * (1 - mask_ratio)))
+        rows = clips * tokens
+        encoder = visible * block_values(config.embed_dim, config.ffn_dim, config.heads)
+        decoder = rows * block_values(config.decoder_embed_dim, config.decoder_ffn_dim, config.decoder_heads)
+        total = visible * (values + config.embed_dim)
+        total += config.encoder_layers * encoder + config.decoder_layers * decoder
+        total += rows * config.decoder_embed_dim
+        # the heads' input, both predictions, and the target of the matching loss
+        total += (rows - visible) * (config.decoder_embed_dim + 3 * values)
+        # behind the last attention only masked rows are kept
+        hidden = 4 * config.decoder_embed_dim + 2 * config.decoder_ffn_dim
+        return 4 * (total - visible * hidden)
 
-    cu, lengths: of these tokens in each clip. cu_tokens: of all tokens.
+
+def forward_flops(
+    config: MaeAstConfig,
+    patch_values: int,
+    n_visible: Sequence[int],
+    n_tokens: Sequence[int],
+    layers: tuple[int, int] | None = None,
+) -> int:
+    """Return the forward operations for clips of n_tokens tokens each, n_visible of them visible.
+
+    layers: blocks of encoder and decoder that run; None: all.
     """
-    total = sum(lengths)
-    counts = (cu[1:] - cu[:-1]).long()
-    clip = torch.repeat_interleave(counts, output_size=total)
-    if tokens is None:
-        tokens = torch.arange(total, device=cu.device)
-    positions = tokens.long() - cu_tokens.long().index_select(0, clip)
-    return Rows(cu, lengths, clip_ids, clip_ids.index_select(0, clip), positions)
+    encoder_layers, decoder_layers = layers or (config.encoder_layers, config.decoder_layers)
+    visible, masked = sum(n_visible), sum(n_tokens) - sum(n_visible)
+    width, decoder_width = config.embed_dim, config.decoder_embed_dim
+    total = 2 * visible * patch_values * width
+    total += stack_flops(n_visible, width, config.ffn_dim, encoder_layers)
+    total += stack_flops(n_tokens, decoder_width, config.decoder_ffn_dim, decoder_layers, masked)
+    if config.has_bridge:
+        total += 2 * visible * width * decoder_width
+    return total + 2 * 2 * masked * decoder_width * patch_values

@@ -1,28 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models by name."""
+"""The models, each found by its config."""
 
 from __future__ import annotations
 
-from masktrain.errors import ConfigError, nearest
+from masktrain.errors import ConfigError
 from masktrain.models.input_norm import InputNormConfig
+from masktrain.models.mae import Mae, MaeConfig
 from masktrain.models.mae_ast import MaeAst, MaeAstConfig
+from masktrain.models.pretrainer import Pretrainer
+from masktrain.models.ssast import Ssast, SsastConfig
 from masktrain.types import TokenGrid
 
-MODELS: dict[str, tuple[type[MaeAstConfig], type[MaeAst]]] = {"mae_ast": (MaeAstConfig, MaeAst)}
+ModelConfig = MaeAstConfig | MaeConfig | SsastConfig
+"""The config of any model: the type of a recipe's `model` field."""
+
+MODELS: dict[type, type] = {MaeAstConfig: MaeAst, MaeConfig: Mae, SsastConfig: Ssast}
 
 
-def config_class(name: str) -> type[MaeAstConfig]:
-    """Return the config class of the model `name`; raises ConfigError for an unknown name."""
-    if name not in MODELS:
-        raise ConfigError(
-            f"model: {name!r} is not known; allowed: {', '.join(MODELS)}.{nearest(name, MODELS)}"
-        )
-    return MODELS[name][0]
-
-
-def build(config: MaeAstConfig, grid: TokenGrid, input_norm: InputNormConfig) -> MaeAst:
+def build(config: ModelConfig, grid: TokenGrid, input_norm: InputNormConfig) -> Pretrainer:
     """Return a new model of the class that the config belongs to."""
-    for config_type, model in MODELS.values():
-        if type(config) is config_type:
-            return model(config, grid, input_norm)
-    raise ConfigError(f"model: no model takes a {type(config).__name__}; allowed: {', '.join(MODELS)}.")
+    if type(config) not in MODELS:
+        allowed = ", ".join(known.__name__ for known in MODELS)
+        raise ConfigError(f"model: no model takes a {type(config).__name__}; allowed: {allowed}.")
+    model: Pretrainer = MODELS[type(config)](config, grid, input_norm)
+    return model

@@ -19,9 +19,12 @@ Layers are dropped on the host, by the word of (seed, step) with stream = base a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -37,7 +40,7 @@ STACK_SITES = 4096
 @dataclass(frozen=True)
 class Rows:
     """The rows of packed clips. cu: (B+1,) int32, lengths: rows of each clip on the host. clip_ids: (B,)
-    int64. ids, positions: (N,) int64, each row's clip id and token number within its clip."""
+    int64. ids, positions: (N,) int64, each row's clip id and its number within its clip, which key dropout."""
 
     cu: Tensor
     lengths: tuple[int, ...]
@@ -45,10 +48,19 @@ class Rows:
     ids: Tensor
     positions: Tensor
 
+    def at(self, keep: Tensor) -> Rows:
+        """Return the rows `keep` (K,), for dropout: attention needs them all."""
+        return replace(
+            self, ids=self.ids.index_select(0, keep), positions=self.positions.index_select(0, keep)
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class StackConfig:
-    """One stack. base: the first of its STACK_SITES dropout sites."""
+    """One stack. base: the first of its STACK_SITES dropout sites. eps: of every LayerNorm. init: of the
+    matrices: "bert" N(0, 0.02), "xavier" uniform (facebookresearch/mae:models_mae.py), "trunc_normal" N(0, 0.02)
+    cut at +-2 (timm's DeiT). key_bias: q, k and v have a bias, or q and v alone (BEiT, MSM-MAE); the softmax does
+    not see a bias of k, so that this is a matter of which parameters there are."""
 
     layers: int
     width: int
@@ -60,6 +72,24 @@ class StackConfig:
     activation_dropout: float
     layerdrop: float
     base: int
+    eps: float = 1e-5
+    init: Literal["bert", "xavier", "trunc_normal"] = "bert"
+    key_bias: bool = True
+
+
+class KeylessQkv(nn.Module):
+    """q, k and v from one matrix product, with a bias of q and v alone."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, width). Returns (N, 3 width)."""
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        return F.linear(x, self.linear.weight, bias)
 
 
 class Block(nn.Module):
@@ -69,25 +99,35 @@ class Block(nn.Module):
         super().__init__()
         self.config = config
         self.site = config.base + 8 * (layer + 1)
-        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.qkv: nn.Module = (
+            nn.Linear(config.width, 3 * config.width) if config.key_bias else KeylessQkv(config.width)
+        )
         self.out = nn.Linear(config.width, config.width)
-        self.attention_norm = nn.LayerNorm(config.width)
+        self.attention_norm = nn.LayerNorm(config.width, config.eps)
         self.fc1 = nn.Linear(config.width, config.ffn_width)
         self.fc2 = nn.Linear(config.ffn_width, config.width)
-        self.ffn_norm = nn.LayerNorm(config.width)
+        self.ffn_norm = nn.LayerNorm(config.width, config.eps)
 
-    def forward(self, x: Tensor, rows: Rows, key: StepKey | None) -> Tensor:
-        """x: (N, width). key: None for no dropout."""
-        if self.config.norm == "pre":
-            x = x + self._attend(self.attention_norm(x), rows, key)
+    def forward(self, x: Tensor, rows: Rows, key: StepKey | None, keep: Tensor | None = None) -> Tensor:
+        """x: (N, width). key: None for no dropout. keep: (K,) the rows to return; None: all.
+
+        What is behind the attention works on a row alone, and is done for the rows of `keep` only.
+        """
+        pre = self.config.norm == "pre"
+        attended = self._attend(self.attention_norm(x) if pre else x, rows, key)
+        if keep is not None:
+            x, attended, rows = x.index_select(0, keep), attended.index_select(0, keep), rows.at(keep)
+        x = x + drop(self.out(attended), self.config.dropout, rows, key, self.site + 1)
+        if pre:
             return x + self._feed(self.ffn_norm(x), rows, key)
-        x = self.attention_norm(x + self._attend(x, rows, key))
+        x = self.attention_norm(x)
         return self.ffn_norm(x + self._feed(x, rows, key))
 
     def _attend(self, x: Tensor, rows: Rows, key: StepKey | None) -> Tensor:
+        """Return the heads' outputs side by side, before they are mixed: (N, width)."""
         config = self.config
         q, k, v = self.qkv(x).unflatten(1, (3, config.heads, config.width // config.heads)).unbind(1)
-        x = varlen_attention(
+        return varlen_attention(
             q,
             k,
             v,
@@ -97,8 +137,7 @@ class Block(nn.Module):
             counter=key.counter if key else None,
             clip_ids=rows.clip_ids,
             site=self.site,
-        )
-        return drop(self.out(x.flatten(1)), config.dropout, rows, key, self.site + 1)
+        ).flatten(1)
 
     def _feed(self, x: Tensor, rows: Rows, key: StepKey | None) -> Tensor:
         x = F.gelu(self.fc1(x))
@@ -112,18 +151,21 @@ class Stack(nn.Module):
     def __init__(self, config: StackConfig) -> None:
         super().__init__()
         self.config = config
-        self.norm = nn.LayerNorm(config.width)
+        self.norm = nn.LayerNorm(config.width, config.eps)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
-        self.apply(_bert_init)
+        self.apply(_INITS[config.init])
 
-    def forward(self, x: Tensor, rows: Rows, key: StepKey | None) -> Tensor:
-        """x: (N, width). key: None for no dropout and all layers."""
+    def forward(self, x: Tensor, rows: Rows, key: StepKey | None, keep: Tensor | None = None) -> Tensor:
+        """x: (N, width). key: None for no dropout and all layers. keep: (K,) the rows to return; None: all."""
         config = self.config
         if config.norm == "post":
             x = self.norm(x)
         x = drop(x, config.dropout, rows, key, config.base)
-        for layer in self.active(key):
-            x = self.blocks[layer](x, rows, key)
+        active = self.active(key)
+        for layer in active:
+            x = self.blocks[layer](x, rows, key, keep if layer == active[-1] else None)
+        if keep is not None and not active:
+            x = x.index_select(0, keep)
         return self.norm(x) if config.norm == "pre" else x
 
     def active(self, key: StepKey | None) -> tuple[int, ...]:
@@ -146,8 +188,21 @@ def drop(x: Tensor, p: float, rows: Rows, key: StepKey | None, site: int) -> Ten
     return dropout(x, p, key.counter, rows.ids, rows.positions, site=site)
 
 
-def _bert_init(module: nn.Module) -> None:
-    """Weights of matrices N(0, 0.02), biases 0 (fairseq's init_bert_params); LayerNorm stays 1 and 0."""
-    if isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
+def linear_init(weight: Callable[[Tensor], object]) -> Callable[[nn.Module], None]:
+    """Return what draws the matrix of a linear layer with `weight` and sets its bias to 0; LayerNorm stays 1
+    and 0."""
+
+    def init(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            weight(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    return init
+
+
+_INITS: dict[str, Callable[[nn.Module], None]] = {
+    "bert": linear_init(partial(nn.init.normal_, std=0.02)),
+    "xavier": linear_init(nn.init.xavier_uniform_),
+    "trunc_normal": linear_init(partial(nn.init.trunc_normal_, std=0.02)),
+}

@@ -1,25 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The joint objective of MAE-AST: squared error of the reconstruction plus InfoNCE of the matching head.
+"""The joint objective of SSAST and MAE-AST: squared error of the reconstruction plus InfoNCE of the matching head.
 
-Both on the masked tokens of the same forward pass, 10 : 1 (AlanBaade/MAE-AST-Public:mae_ast/criterions/
-mae_ast_criterion.py). The squared error is the mean over all values of all masked patches, InfoNCE the mean
+10 : 1 in both (AlanBaade/MAE-AST-Public:mae_ast/criterions/mae_ast_criterion.py, YuanGongND/ssast:
+src/traintest_mask.py). The squared error is the mean over all values of all masked patches, InfoNCE the mean
 over all masked tokens, its negatives the other masked tokens of the clip. Where clips have different lengths
-every token counts the same.
+every token counts the same. A model with two masks a clip is matched under the first and reconstructs under the
+second.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch import Tensor
 
 from masktrain.errors import ConfigError
-from masktrain.kernels.mask_gather import mask_gather
-from masktrain.kernels.masked_patch_loss import masked_patch_loss
 from masktrain.kernels.patch_info_nce import patch_info_nce
-from masktrain.models.mae_ast import MaeAstOutput
+from masktrain.models.pretrainer import Prediction
+from masktrain.objectives.patches import masked_patches, per_bin_mean, squared_error
 from masktrain.types import LossTerm, MaskPlan, Spectrogram, TokenGrid
 
 
@@ -44,98 +43,55 @@ class JointConfig:
                 "objective: reconstruction_weight and info_nce_weight are both 0; one must be above 0."
             )
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each term."""
+        return {"mse": self.reconstruction_weight, "info_nce": self.info_nce_weight}
 
-def weights(config: JointConfig) -> dict[str, float]:
-    """Return the weight of each term."""
-    return {"mse": config.reconstruction_weight, "info_nce": config.info_nce_weight}
+    def counts(self, plans: tuple[MaskPlan, ...], grid: TokenGrid) -> dict[str, int]:
+        """Return the elements of each term, known before the forward pass: values and masked tokens."""
+        return {"mse": sum(plans[-1].n_masked) * grid.patch_values, "info_nce": sum(plans[0].n_masked)}
 
+    def terms(
+        self,
+        prediction: Prediction,
+        spectrogram: Spectrogram,
+        plans: tuple[MaskPlan, ...],
+        mean: Tensor,
+        scale: Tensor,
+    ) -> dict[str, LossTerm]:
+        """Return the sums of both terms over the masked tokens. mean, scale: as given to the model."""
+        if prediction.pred_recon is None or prediction.pred_class is None:
+            raise ConfigError("objective: the joint objective needs a model with two heads.")
+        return self._terms(prediction.pred_recon, prediction.pred_class, spectrogram, plans, mean, scale)
 
-def counts(plan: MaskPlan, grid: TokenGrid) -> dict[str, int]:
-    """Return the elements of each term, known before the forward pass: values and masked tokens."""
-    masked = sum(plan.n_masked)
-    return {"mse": masked * grid.patch_values, "info_nce": masked}
+    def per_bin_mean_terms(
+        self, spectrogram: Spectrogram, plans: tuple[MaskPlan, ...], mean: Tensor, scale: Tensor
+    ) -> dict[str, LossTerm]:
+        """Return the terms of the predictor that knows only each mel bin's mean over the batch, on both heads."""
+        recon = per_bin_mean(spectrogram, plans[-1], mean, scale)
+        matched = recon if len(plans) == 1 else per_bin_mean(spectrogram, plans[0], mean, scale)
+        return self._terms(recon, matched, spectrogram, plans, mean, scale)
 
-
-def terms(
-    output: MaeAstOutput,
-    spectrogram: Spectrogram,
-    plan: MaskPlan,
-    mean: Tensor,
-    scale: Tensor,
-    config: JointConfig,
-) -> dict[str, LossTerm]:
-    """Return the sums of both terms over the masked tokens of `plan`. mean, scale: as given to the model."""
-    return _terms(output.pred_recon, output.pred_class, spectrogram, plan, mean, scale, config)
-
-
-def total(terms: dict[str, LossTerm], global_counts: dict[str, int]) -> Tensor:
-    """Return the weighted sum of sum / count, the counts being those of the whole batch: over all
-    micro-batches and ranks it adds up to the loss."""
-    return torch.stack(
-        [term.weight * term.sum / max(1, global_counts[name]) for name, term in terms.items()]
-    ).sum()
-
-
-def per_bin_mean_terms(
-    spectrogram: Spectrogram, plan: MaskPlan, mean: Tensor, scale: Tensor, config: JointConfig
-) -> dict[str, LossTerm]:
-    """Return the terms of the predictor that knows only each mel bin's mean over the batch, on both heads."""
-    average = spectrogram.frames.mean(0, keepdim=True).expand_as(spectrogram.frames)
-    predicted = _patches(average, plan, mean, scale)
-    return _terms(predicted, predicted, spectrogram, plan, mean, scale, config)
-
-
-def _terms(
-    reconstructed: Tensor,
-    matched: Tensor,
-    spectrogram: Spectrogram,
-    plan: MaskPlan,
-    mean: Tensor,
-    scale: Tensor,
-    config: JointConfig,
-) -> dict[str, LossTerm]:
-    layout = plan.layout
-    sums = {
-        "mse": masked_patch_loss(
-            reconstructed,
-            spectrogram.frames,
-            layout.cu_frames,
-            layout.cu_tokens,
-            plan.masked,
-            mean=mean,
-            scale=scale,
-            **_grid(layout.grid),
-        ),
-        "info_nce": patch_info_nce(
-            matched,
-            _patches(spectrogram.frames, plan, mean, scale),
-            plan.cu_masked,
-            plan.n_masked,
-            axis=config.info_nce_axis,
-        ),
-    }
-    number, weight = counts(plan, layout.grid), weights(config)
-    return {name: LossTerm(value, number[name], weight[name]) for name, value in sums.items()}
-
-
-def _patches(frames: Tensor, plan: MaskPlan, mean: Tensor, scale: Tensor) -> Tensor:
-    """Return the normalised masked patches (M, P)."""
-    layout = plan.layout
-    return mask_gather(
-        frames,
-        layout.cu_frames,
-        layout.cu_tokens,
-        plan.masked,
-        mean=mean,
-        scale=scale,
-        **_grid(layout.grid),
-    )
-
-
-def _grid(grid: TokenGrid) -> dict[str, Any]:
-    return {
-        "freq": grid.freq,
-        "patch_freq": grid.patch_freq,
-        "patch_time": grid.patch_time,
-        "order": grid.order,
-    }
+    def _terms(
+        self,
+        reconstructed: Tensor,
+        matched: Tensor,
+        spectrogram: Spectrogram,
+        plans: tuple[MaskPlan, ...],
+        mean: Tensor,
+        scale: Tensor,
+    ) -> dict[str, LossTerm]:
+        first = plans[0]
+        sums = {
+            "mse": squared_error(reconstructed, spectrogram, plans[-1], mean, scale),
+            "info_nce": patch_info_nce(
+                matched,
+                masked_patches(spectrogram.frames, first, mean, scale),
+                first.cu_masked,
+                first.n_masked,
+                axis=self.info_nce_axis,
+            ),
+        }
+        number = self.counts(plans, first.layout.grid)
+        return {name: LossTerm(value, number[name], self.weights[name]) for name, value in sums.items()}

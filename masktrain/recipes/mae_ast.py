@@ -19,6 +19,54 @@ from masktrain.training.optim import OptimConfig
 from masktrain.training.recipe import Recipe, TokenConfig
 from masktrain.training.schedule import ScheduleConfig
 
+_YAML = "AlanBaade/MAE-AST-Public:config/pretrain/mae_ast.yaml"
+_CODE = "AlanBaade/MAE-AST-Public:mae_ast/models/mae_ast.py"
+_DATASET = "AlanBaade/MAE-AST-Public:mae_ast/data/mae_ast_dataset.py"
+_CRITERION = "AlanBaade/MAE-AST-Public:mae_ast/criterions/mae_ast_criterion.py"
+_README = "AlanBaade/MAE-AST-Public:README.md, commands"
+_KALDI = "defaults of pytorch/audio:torchaudio/compliance/kaldi.py, fbank"
+_SOURCES = (
+    ("batch_size", f"{_README}: max_tokens, 33 to 52 clips"),
+    ("frontend.mel", _KALDI),
+    ("frontend.mel.sample_rate", _DATASET),
+    ("frontend.mel.n_mels", _DATASET),
+    ("frontend.mel.remove_mean", f"{_DATASET}: removes none"),
+    ("data.clip_seconds", "the paper: clips of 10 s"),
+    ("data.target_length", "frames of 10 s"),
+    ("tokens.patch_freq", _README),
+    ("tokens.patch_time", _README),
+    ("tokens.order", f"{_CODE}: unfold"),
+    ("tokens.partial", f"{_CODE}: unfold"),
+    ("input_norm.kind", f"{_CODE}: BatchNorm2d"),
+    ("input_norm.factor", f"{_CODE}: BatchNorm2d times 0.5"),
+    ("masking.type", _README),
+    ("masking.mask_ratio", _YAML),
+    ("model.encoder_layers", _README),
+    ("model.embed_dim", _CODE),
+    ("model.ffn_dim", _CODE),
+    ("model.heads", _CODE),
+    ("model.decoder_layers", _YAML),
+    ("model.decoder_embed_dim", _CODE),
+    ("model.decoder_ffn_dim", _CODE),
+    ("model.decoder_heads", _CODE),
+    ("model.bridge", f"{_CODE}: only between widths that differ"),
+    ("model.norm", f"{_CODE}: layer_norm_first is off"),
+    ("model.dropout", _YAML),
+    ("model.attention_dropout", _YAML),
+    ("model.activation_dropout", _YAML),
+    ("model.dropout_input", _YAML),
+    ("model.encoder_layerdrop", _YAML),
+    ("model.decoder_layerdrop", _YAML),
+    ("objective", _YAML),
+    ("objective.info_nce_axis", _CRITERION),
+    ("optim", _YAML),
+    ("optim.decay_all", "facebookresearch/fairseq:fairseq/optim/adam.py"),
+    ("optim.coupled_decay", "facebookresearch/fairseq:fairseq/optim/adam.py"),
+    ("schedule.kind", f"{_YAML}: polynomial_decay of power 1"),
+    ("schedule.warmup_steps", _YAML),
+    ("schedule.total_steps", _README),
+)
+
 # The size sets model, batch and learning rate together; nothing else changes.
 BATCH_SIZE = {"tiny": 32, "small": 32, "base": 32}
 LEARNING_RATE = {"tiny": 1e-3, "small": 3e-4, "base": 1e-4}
@@ -44,6 +92,7 @@ def mae_ast_frame(size: str = "base") -> Recipe:
             "schedule: 550000 updates as the README's commands; the yaml says 400000",
             "weight_decay: decoupled and on every parameter, as fairseq's Adam applies it",
         ),
+        sources=_SOURCES,
         batch_size=BATCH_SIZE[size],
         frontend=preset("mae_ast"),
         data=DataConfig(clip_seconds=10.0, target_length=998),
@@ -77,6 +126,7 @@ def mae_ast_patch(size: str = "base") -> Recipe:
             "code shares one mask in the batch, lets blocks wrap and drops the last cells (--masking.shared-in-batch "
             "--masking.growth wrap --masking.truncation first)",
         ),
+        sources=(*frame.sources, ("masking.sides", f"{_CODE}: chunks of 3 to 5, after SSAST")),
         tokens=TokenConfig(patch_freq=16, patch_time=16, order="time", partial="drop"),
         masking=ChunkMasking(mask_ratio=0.75),
     )

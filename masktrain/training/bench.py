@@ -70,8 +70,7 @@ def ceiling_rows(ceilings: Ceilings, dtypes: Sequence[torch.dtype]) -> list[Row]
 
 
 def bench(
-    recipes: Sequence[Recipe],
-    ops: Sequence[str],
+    recipes: Sequence[tuple[Recipe, Sequence[str]]],
     watch: Stopwatch,
     ceilings: Ceilings,
     *,
@@ -81,17 +80,18 @@ def bench(
     uniform: bool = False,
     compiled: bool = True,
 ) -> Iterator[Row]:
-    """Yield a row for each op, provider and mode at the sizes of the recipes. seconds: for each op and mode.
+    """Yield a row for each op named beside a recipe, at its sizes, each provider and mode. seconds: for each of them.
 
     clips, frames, uniform: of the batch, see `Problem`. compiled: also measure the reference under torch.compile.
     """
     done = set()
-    for recipe in recipes:
+    for recipe, ops in recipes:
+        if not ops:
+            continue
         problem = Problem(recipe, watch.device, clips, frames, uniform=uniform)
         for case in cases(problem, DTYPES[watch.device.type]):
-            signature = (case.op, case.variant, case.dtype, *case.sizes.items())
-            if case.op in ops and signature not in done:
-                done.add(signature)
+            if case.op in ops and case.signature not in done:
+                done.add(case.signature)
                 yield from bench_case(case, watch, ceilings, seconds=seconds, compiled=compiled)
 
 

@@ -13,9 +13,11 @@ from masktrain.kernels.mask_gather import mask_gather
 from masktrain.kernels.mask_scatter import mask_scatter
 from masktrain.kernels.masked_patch_loss import masked_patch_loss
 from masktrain.kernels.patch_info_nce import patch_info_nce
+from masktrain.kernels.patch_mad import patch_mad
 from masktrain.kernels.philox import Purpose, philox_words
 from masktrain.kernels.select_tokens import select_tokens
 from masktrain.kernels.varlen_attention import varlen_attention
+from masktrain.kernels.window_attention import window_attention
 
 
 def kernel_choices(device: torch.device) -> tuple[_dispatch.Choice, ...]:
@@ -41,12 +43,16 @@ def _call_each(device: torch.device) -> None:
     patches: dict[str, Any] = {"freq": 1, "patch_freq": 16, "patch_time": 2, "order": "time"}
     patches |= {"mean": torch.zeros(1, device=device), "scale": torch.ones(1, device=device)}
     philox_words(counter, ids, 1, purpose=Purpose.MASK)
-    visible, masked = select_tokens(cu, (4,), (2,), counter, ids)
+    scores = patch_mad(frames, cu_frames, cu, (4,), **patches)
+    visible, masked = select_tokens(cu, (4,), (2,), counter, ids, scores=scores)
     tokens = mask_gather(frames, cu_frames, cu, visible, **patches)
     rows = torch.zeros(2, dtype=torch.int64, device=device)
     dropout(tokens, 0.5, counter, rows, rows, site=0)
-    mask_scatter(tokens, tokens[0], visible, masked)
+    wide = torch.zeros(2, 1 << 15, device=device)  # of as many values as a step has
+    mask_scatter(wide, wide[0], visible, masked)
     masked_patch_loss(tokens, frames, cu_frames, cu, masked, **patches)
     patch_info_nce(tokens, tokens, cumulative(0, 2), (2,), axis="targets")
     heads = tokens.view(2, 2, 16)
     varlen_attention(heads, heads, heads, cumulative(0, 2), (2,))
+    qkv = torch.stack([heads] * 3, dim=1)
+    window_attention(qkv, torch.ones(2, device=device), torch.zeros(2, 2, 2, device=device), cumulative(0, 2))

@@ -107,6 +107,7 @@ class Meter:
         self._warm = False
         self._measured_s = 0.0
         self._measured_steps = 0
+        self.paused_seconds = 0.0
         self._loss_max: Tensor | None = None
         self._last: StepNumbers | None = None
         self._restart()
@@ -140,7 +141,9 @@ class Meter:
         try:
             yield
         finally:
-            self._start += self._clock() - before
+            took = self._clock() - before
+            self._start += took
+            self.paused_seconds += took
 
     def row(self, step: int) -> Row:
         """Return the row of step `step` (steps done, from 1) and start the next interval.

@@ -25,15 +25,21 @@ import masktrain.kernels.mask_gather.op as mask_gather
 import masktrain.kernels.mask_scatter.op as mask_scatter
 import masktrain.kernels.masked_patch_loss.op as masked_patch_loss
 import masktrain.kernels.patch_info_nce.op as patch_info_nce
+import masktrain.kernels.patch_mad.op as patch_mad
 import masktrain.kernels.philox.op as philox
 import masktrain.kernels.resample.op as resample
 import masktrain.kernels.select_tokens.op as select_tokens
 import masktrain.kernels.varlen_attention.op as varlen_attention
+import masktrain.kernels.window_attention.op as window_attention
 from masktrain.kernels._dispatch import ENV, Implementation
 from masktrain.kernels.philox import Purpose
 from masktrain.masking.strategies import ChunkMasking
+from masktrain.models.mae import MaeConfig
+from masktrain.models.ssast import LEADING, SsastConfig
+from masktrain.models.window_decoder import WINDOW, Windows, window_columns, window_rows
+from masktrain.objectives.joint import JointConfig
 from masktrain.training.recipe import Recipe
-from masktrain.types import MaskPlan, Spectrogram, StepKey, cumulative
+from masktrain.types import MaskPlan, Spectrogram, StepKey, TokenGrid, cumulative
 
 # op -> the module with its public function, and the name of its table of implementations there
 OPS: dict[str, tuple[ModuleType, str]] = {
@@ -41,15 +47,36 @@ OPS: dict[str, tuple[ModuleType, str]] = {
     "select_tokens": (select_tokens, "IMPLEMENTATIONS"),
     "block_marks": (block_marks, "IMPLEMENTATIONS"),
     "mask_gather": (mask_gather, "IMPLEMENTATIONS"),
+    "patch_mad": (patch_mad, "IMPLEMENTATIONS"),
     "mask_scatter": (mask_scatter, "IMPLEMENTATIONS"),
     "masked_patch_loss": (masked_patch_loss, "IMPLEMENTATIONS"),
     "patch_info_nce": (patch_info_nce, "IMPLEMENTATIONS"),
     "dropout": (dropout, "DROPOUT"),
     "attention_keep_padded": (dropout, "ATTENTION_KEEP_PADDED"),
     "varlen_attention": (varlen_attention, "IMPLEMENTATIONS"),
+    "window_attention": (window_attention, "IMPLEMENTATIONS"),
     "resample": (resample, "IMPLEMENTATIONS"),
     "log_mel": (log_mel, "IMPLEMENTATIONS"),
 }
+ALL = tuple(OPS)
+REPRESENTATIVES: dict[str, tuple[str, ...]] = {
+    "mae_ast_frame": ALL,
+    "mae_ast_patch": ALL,
+    "maskspec": ALL,
+    "audiomae": ("log_mel", "window_attention"),
+    "msm_mae": (
+        "log_mel",
+        "mask_gather",
+        "patch_mad",
+        "mask_scatter",
+        "masked_patch_loss",
+        "varlen_attention",
+    ),
+    "ssast_patch": ("patch_info_nce", "varlen_attention"),
+    "ssast_frame": ("mask_gather", "patch_mad", "masked_patch_loss"),
+}
+"""Recipes whose ops are verified and timed, each with the ops that have a form or a shape there that no recipe above
+has: order of the tokens, patch, width of a head, front end, axis of a softmax."""
 SEED = 20221
 # Shares of the recipe's clip length that the clips of a case have, in turn.
 LENGTHS = (1.0, 0.37, 0.83, 0.05, 0.61, 1.0, 0.94)
@@ -89,9 +116,10 @@ class Case:
     """One op with arguments.
 
     call(*inputs, implementation=NAME) answers the output tensors; inputs are what may be drawn in another dtype and
-    differentiated (those that require a gradient). exact: the output is integers, which every implementation has to
-    give bit for bit. dtype: of the floating point inputs. backward: its cost, None where nothing is differentiated.
-    variant: options of the op that the sizes do not tell. packing: of attention, the cumulative lengths and the lengths.
+    differentiated (those that require a gradient). exact: the output is made of integers alone, and every
+    implementation has to give it bit for bit. dtype: of the floating point inputs. backward: its cost, None where
+    nothing is differentiated. variant: options of the op that the sizes do not tell. packing: of attention, the
+    cumulative lengths and the lengths.
     """
 
     op: str
@@ -110,6 +138,11 @@ class Case:
     def name(self) -> str:
         """The recipe, its clips, and the variant of the op."""
         return f"{self.what}, {self.variant}" if self.variant else self.what
+
+    @property
+    def signature(self) -> tuple[object, ...]:
+        """What is equal in cases that are the same work."""
+        return (self.op, self.variant, self.dtype, *self.sizes.items())
 
 
 def lengths_of(frames: int, clips: int, patch_time: int) -> tuple[int, ...]:
@@ -144,12 +177,12 @@ class Problem:
             frames_, self.lengths, cumulative(self.lengths, torch.int64, device), ids
         )
         self.layout = self.grid.layout(self.spectrogram)
-        self.plan = self._plan()
+        self.plan = self.reference_plan()
         self.mean = torch.full((1,), -5.0, device=device)
         self.scale = torch.full((1,), 0.5, device=device)
 
-    def _plan(self) -> MaskPlan:
-        """The plan by the references on the CPU: a kernel that is wrong must not lead others out of bounds."""
+    def reference_plan(self, draw: int = 0) -> MaskPlan:
+        """Return a plan by the references on the CPU: a kernel that is wrong must not lead others out of bounds."""
         on_cpu = replace(
             self.spectrogram,
             frames=self.spectrogram.frames.cpu(),
@@ -157,7 +190,7 @@ class Problem:
             clip_ids=self.spectrogram.clip_ids.cpu(),
         )
         with forced("reference"):
-            plan = self.recipe.masking.plan(self.grid.layout(on_cpu), StepKey.make(SEED, 7, "cpu"))
+            plan = self.recipe.masking.plan(self.grid.layout(on_cpu), StepKey.make(SEED, 7, "cpu"), draw)
         tensors = {
             name: getattr(plan, name).to(self.device)
             for name in ("visible", "masked", "cu_visible", "cu_masked")
@@ -180,14 +213,50 @@ def _noise(
     return drawn.to(device, dtype).requires_grad_(grad)
 
 
+def ops_of(recipe: Recipe) -> tuple[str, ...]:
+    """Return the ops that `cases` has for a recipe, in the order of OPS."""
+    absent = set()
+    if not isinstance(recipe.masking, ChunkMasking):
+        absent.add("block_marks")
+    if not isinstance(recipe.objective, JointConfig):
+        absent.add("patch_info_nce")
+    if isinstance(recipe.model, SsastConfig):
+        absent.add("mask_scatter")
+    if not _has_windows(recipe):
+        absent.add("window_attention")
+    if not _rate(recipe, "dropout"):
+        absent.add("dropout")
+    if not _rate(recipe, "attention_dropout"):
+        absent.add("attention_keep_padded")
+    return tuple(op for op in OPS if op not in absent)
+
+
+def representative_ops(recipe: Recipe) -> tuple[str, ...]:
+    """Return the ops that a recipe stands for; none if it is no representative."""
+    return tuple(op for op in ops_of(recipe) if op in REPRESENTATIVES.get(recipe.name, ()))
+
+
+def _has_windows(recipe: Recipe) -> bool:
+    return getattr(recipe.model, "decoder", None) == "window"
+
+
+def _rate(recipe: Recipe, name: str) -> float:
+    """A rate of the recipe's model, 0 where it has no such dropout."""
+    return float(getattr(recipe.model, name, 0.0))
+
+
 def cases(problem: Problem, dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
     """Yield the cases of every op of a step of the recipe, float32 first."""
     what = f"{problem.recipe.name} {problem.recipe.size}, {len(problem.lengths)} clips"
-    for make in (_random, _frontend):
+    for make in (_random, _weights, _frontend):
         yield from make(problem, what)
     for dtype in dtypes:
         for make_in in (_patches, _rows, _attention):
             yield from make_in(problem, what, dtype)
+
+
+def _order(grid: TokenGrid) -> str:
+    return "time outer" if grid.order == "time" else "frequency outer"
 
 
 def _tuple(function: Callable[..., Any], first_only: bool = False) -> Callable[..., tuple[Tensor, ...]]:
@@ -242,6 +311,36 @@ def _random(problem: Problem, what: str) -> Iterator[Case]:
     )  # fmt: skip
 
 
+def _weights(problem: Problem, what: str) -> Iterator[Case]:
+    """What masks by the content of patches: exact, given the spectrogram or the scores."""
+    layout, key, grid = problem.layout, problem.key, problem.grid
+    tokens, n_visible, total = layout.lengths, problem.plan.n_visible, sum(layout.lengths)
+    frames, sizes = problem.spectrogram.frames, {"clips": len(problem.lengths), "tokens": total}
+
+    def weigh(
+        frames: Tensor, cu_frames: Tensor, cu: Tensor, mean: Tensor, scale: Tensor, **options: Any
+    ) -> Any:
+        return patch_mad.patch_mad(
+            frames, cu_frames, cu, tokens, mean=mean, scale=scale, freq=grid.freq, patch_freq=grid.patch_freq,
+            patch_time=grid.patch_time, order=grid.order, **options,
+        )  # fmt: skip
+
+    data = (frames, layout.cu_frames, layout.cu_tokens, problem.mean, problem.scale)
+    yield Case(
+        "patch_mad", what, _tuple(weigh), data, torch.float32, sizes | {"values": grid.patch_values},
+        Cost(total * (4 * grid.patch_values + 4)), exact=True, variant=_order(grid),
+    )  # fmt: skip
+
+    def select(cu: Tensor, counter: Tensor, ids: Tensor, scores: Tensor, **options: Any) -> Any:
+        return select_tokens.select_tokens(cu, tokens, n_visible, counter, ids, scores=scores, **options)
+
+    scores = problem.noise((total,), torch.float32).square()
+    yield Case(
+        "select_tokens", what, _tuple(select), (layout.cu_tokens, key.counter, layout.clip_ids, scores), torch.int64,
+        sizes, Cost(8 * total), exact=True, variant="with scores",
+    )  # fmt: skip
+
+
 def _frontend(problem: Problem, what: str) -> Iterator[Case]:
     """Waveform to log-mel; a few clips, since every clip is the same work."""
     mel = problem.recipe.frontend.mel
@@ -263,6 +362,7 @@ def _frontend(problem: Problem, what: str) -> Iterator[Case]:
         yield Case(
             op, what, _tuple(function, first_only=True), (wave,), torch.float32,
             {"clips": clips, "samples": sum(lengths), "rate": rate}, Cost(4 * (sum(lengths) + written)),
+            variant=f"to {mel.sample_rate} Hz" if op == "resample" else problem.recipe.frontend.preset,
         )  # fmt: skip
 
 
@@ -293,7 +393,7 @@ def _patches(problem: Problem, what: str, dtype: torch.dtype) -> Iterator[Case]:
     data = (frames, problem.mean, problem.scale)
     yield Case(
         "mask_gather", what, _tuple(gather), data, dtype, {"tokens": n_visible, "values": values},
-        Cost(n_visible * values * (4 + size)),
+        Cost(n_visible * values * (4 + size)), variant=_order(grid),
     )  # fmt: skip
 
     pred = problem.noise((n_masked, values), dtype, True)
@@ -311,30 +411,35 @@ def _patches(problem: Problem, what: str, dtype: torch.dtype) -> Iterator[Case]:
         yield Case(
             "masked_patch_loss", what, _tuple(loss), (pred, *data), dtype, sizes,
             Cost(n_masked * values * (4 + size)), Cost(n_masked * values * (4 + 2 * size)),
-            variant="target standardised" if norm else "",
+            variant=_order(grid) + (", target standardised" if norm else ""),
         )  # fmt: skip
 
+    objective = problem.recipe.objective
+    if not isinstance(objective, JointConfig):
+        return
     # float32 targets and products of about the size that they have in training
     target = 0.3 * problem.noise((n_masked, values), torch.float32)
     predicted = (0.3 * problem.noise((n_masked, values), torch.float32)).to(dtype).requires_grad_()
     square = sum(n * n for n in plan.n_masked)
 
     def contrast(pred: Tensor, target: Tensor, **options: Any) -> Tensor:
-        axis = problem.recipe.objective.info_nce_axis
         return patch_info_nce.patch_info_nce(
-            pred, target, plan.cu_masked, plan.n_masked, axis=axis, **options
+            pred, target, plan.cu_masked, plan.n_masked, axis=objective.info_nce_axis, **options
         )
 
     moved = n_masked * values
     yield Case(
         "patch_info_nce", what, _tuple(contrast), (predicted, target), dtype, sizes,
         Cost(moved * (4 + size), 2 * values * square), Cost(moved * (4 + 2 * size), 2 * values * square),
+        variant=f"softmax over {objective.info_nce_axis}",
     )  # fmt: skip
 
 
 def _rows(problem: Problem, what: str, dtype: torch.dtype) -> Iterator[Case]:
-    """What is done to rows of the model's width."""
+    """What is done to rows of the decoder's width."""
     model, plan, size = problem.recipe.model, problem.plan, dtype.itemsize
+    if isinstance(model, SsastConfig):
+        return
     width, n_visible, total = model.decoder_embed_dim, len(plan.visible), sum(problem.layout.lengths)
     x = problem.noise((n_visible, width), dtype, True)
     token = problem.noise((width,), torch.float32, True)
@@ -354,6 +459,9 @@ def _rows(problem: Problem, what: str, dtype: torch.dtype) -> Iterator[Case]:
         Cost(moved),
     )
 
+    rate = _rate(problem.recipe, "dropout")
+    if not rate:
+        return
     lengths = torch.tensor(problem.layout.lengths, device=problem.device)
     ids = problem.layout.clip_ids.repeat_interleave(lengths, output_size=total)
     starts = problem.layout.cu_tokens[:-1].long().repeat_interleave(lengths, output_size=total)
@@ -361,7 +469,7 @@ def _rows(problem: Problem, what: str, dtype: torch.dtype) -> Iterator[Case]:
     rows = problem.noise((total, width), dtype, True)
 
     def drop(x: Tensor, **options: Any) -> Tensor:
-        return dropout.dropout(x, 0.1, problem.key.counter, ids, positions, site=4105, **options)
+        return dropout.dropout(x, rate, problem.key.counter, ids, positions, site=4105, **options)
 
     moved = 2 * total * width * size
     yield Case(
@@ -377,15 +485,16 @@ def _rows(problem: Problem, what: str, dtype: torch.dtype) -> Iterator[Case]:
 
 
 def _attention(problem: Problem, what: str, dtype: torch.dtype) -> Iterator[Case]:
-    """Attention of encoder and decoder, with and without dropout of its weights."""
+    """Attention of every stack, without dropout of its weights and with that of the recipe."""
     model, plan, layout, key = problem.recipe.model, problem.plan, problem.layout, problem.key
-    if dtype == torch.float32:
+    rate = _rate(problem.recipe, "attention_dropout")
+    if dtype == torch.float32 and rate:
 
         def keep(zero: Tensor, **options: Any) -> Tensor:
             return dropout.attention_keep_padded(
                 plan.n_visible,
                 model.heads,
-                0.1,
+                rate,
                 key.counter,
                 layout.clip_ids,
                 site=24,
@@ -398,15 +507,25 @@ def _attention(problem: Problem, what: str, dtype: torch.dtype) -> Iterator[Case
             "attention_keep_padded", what, _tuple(keep), (torch.zeros((), device=problem.device),), dtype,
             {"clips": len(plan.n_visible), "heads": model.heads, "longest": max(plan.n_visible)}, Cost(4 * cells),
         )  # fmt: skip
-    stacks = {
-        "encoder": (plan.cu_visible, plan.n_visible, model.heads, model.embed_dim),
-        "decoder": (layout.cu_tokens, layout.lengths, model.decoder_heads, model.decoder_embed_dim),
-    }
-    for stack, (cu, lengths, heads, width) in stacks.items():
+    if isinstance(model, SsastConfig):
+        extra = LEADING
+        stacks = {"encoder": (layout.lengths, model.heads, model.embed_dim)}
+    else:
+        extra = int(getattr(model, "cls_token", False))
+        stacks = {
+            "encoder": (plan.n_visible, model.heads, model.embed_dim),
+            "decoder": (layout.lengths, model.decoder_heads, model.decoder_embed_dim),
+        }
+    if _has_windows(problem.recipe):
+        del stacks["decoder"]
+        yield from _windows(problem, what, dtype)
+    for stack, (tokens, heads, width) in stacks.items():
+        lengths = tuple(n + extra for n in tokens)
+        cu = cumulative(lengths, torch.int32, problem.device)
         shape = (sum(lengths), heads, width // heads)
         q, k, v = (problem.noise(shape, dtype, True) for _ in range(3))
         square = sum(n * n for n in lengths)
-        for p in (0.0, 0.1):
+        for p in (0.0, rate) if rate else (0.0,):
             function = partial(_attend, cu=cu, lengths=lengths, p=p, key=key, clip_ids=layout.clip_ids)
             sizes = {"rows": shape[0], "longest": max(lengths), "heads": heads, "width": shape[2]}
             moved, done = q.numel() * q.element_size(), 4 * width * square
@@ -414,6 +533,27 @@ def _attention(problem: Problem, what: str, dtype: torch.dtype) -> Iterator[Case
                 "varlen_attention", what, _tuple(function), (q, k, v), dtype, sizes, Cost(4 * moved, done),
                 Cost(8 * moved, 2 * done), variant=f"{stack}, dropout {p:g}", packing=(cu, lengths),
             )  # fmt: skip
+
+
+def _windows(problem: Problem, what: str, dtype: torch.dtype) -> Iterator[Case]:
+    """Attention of the window decoder, of plain and of shifted windows."""
+    model, layout = problem.recipe.model, problem.layout
+    assert isinstance(model, MaeConfig)
+    heads, width, height = model.decoder_heads, model.decoder_embed_dim, window_rows(problem.grid)
+    qkv = problem.noise((sum(layout.lengths), 3, heads, width // heads), dtype, True)
+    tau = torch.full((heads,), 0.5, device=problem.device, requires_grad=True)
+    bias = problem.noise((heads, WINDOW * height, WINDOW * height), torch.float32, True)
+    for shifted in (False, True):
+        cu = Windows(layout).cu_rows(shifted)
+        columns = [n for c in layout.columns for n in window_columns(c, shifted)]
+        done = 4 * width * (problem.grid.freq // height) * sum((n * height) ** 2 for n in columns)
+        moved = qkv.numel() * qkv.element_size() // 3
+        attend = partial(window_attention.window_attention, cu=cu)
+        yield Case(
+            "window_attention", what, _tuple(attend), (qkv, tau, bias), dtype,
+            {"rows": len(qkv), "windows": len(cu) - 1, "heads": heads, "width": width // heads},
+            Cost(4 * moved, done), Cost(7 * moved, 2 * done), variant="shifted" if shifted else "plain",
+        )  # fmt: skip
 
 
 def _attend(

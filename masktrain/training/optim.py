@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The optimiser: Adam with decoupled weight decay, its parameter groups, and gradient clipping.
+"""The optimiser: Adam with either form of weight decay, its parameter groups, and gradient clipping.
 
 One update of parameter p with gradient g at its update t = 1, 2, ... (Kingma & Ba 2015, algorithm 1;
 Loshchilov & Hutter 2019, algorithm 2, with the decay times the learning rate):
@@ -8,6 +8,8 @@ Loshchilov & Hutter 2019, algorithm 2, with the decay times the learning rate):
   p <- p - lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
 fairseq's "adam" is the same update, weight decay included (facebookresearch/fairseq:fairseq/optim/adam.py),
 but for eps, which it adds to sqrt(v) before the correction of v: a difference in the first updates only.
+With `coupled_decay` the first line is g <- g + weight_decay * p instead (L2 regularisation, as torch.optim.Adam has
+it), so that the decay goes through both moments.
 """
 
 from __future__ import annotations
@@ -22,7 +24,6 @@ from torch import Tensor, nn
 
 from masktrain.errors import ConfigError
 
-CLIPS_PER_BLR = 256  # He et al. 2022, appendix A.1: lr = base lr * batch / 256
 _PIECE = 32768  # torch's CPU reductions are done by one thread up to this many elements
 
 
@@ -31,17 +32,21 @@ class OptimConfig:
     """Adam as published, with its clipping."""
 
     kind: Literal["adam", "adamw"]
-    """The publication's name for it; the weight decay is decoupled in both (fairseq's adam is)."""
+    """The publication's name for it; the weight decay of both is as coupled_decay says (fairseq's adam decouples)."""
     lr: float | None = None
     """Peak learning rate; give this or blr."""
     blr: float | None = None
-    """Peak learning rate per 256 clips: lr = blr * batch_size / 256."""
+    """Peak learning rate per blr_clips clips: lr = blr * batch_size / blr_clips."""
+    blr_clips: int = 256
+    """Batch that blr stands for (He et al. 2022, appendix A.1: 256)."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of the running mean of the gradient and of its square."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
     weight_decay: float = 0.0
-    """Each update takes this times the learning rate off a decayed parameter."""
+    """Each update takes this times the learning rate off a decayed parameter; see coupled_decay."""
+    coupled_decay: bool = False
+    """Add weight_decay times the parameter to its gradient instead, as torch.optim.Adam does."""
     decay_all: bool = False
     """Decay every parameter, as fairseq does; otherwise matrices only, not biases, norms and other
     vectors."""
@@ -58,6 +63,13 @@ class OptimConfig:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"optim.{name}: must be a number above 0; received {value}.")
+        if self.blr_clips < 1:
+            raise ConfigError(f"optim.blr_clips: must be at least 1; received {self.blr_clips}.")
+        if self.coupled_decay and self.kind == "adamw":
+            raise ConfigError(
+                "optim.coupled_decay: AdamW is Adam with decoupled weight decay. Take optim.kind adam, or leave "
+                "coupled_decay off."
+            )
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise ConfigError(f"optim.weight_decay: must be at least 0; received {self.weight_decay}.")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -68,24 +80,23 @@ class OptimConfig:
         if self.lr is not None:
             return self.lr
         assert self.blr is not None
-        return self.blr * batch_size / CLIPS_PER_BLR
+        return self.blr * batch_size / self.blr_clips
 
     def describe(self, batch_size: int) -> str:
         """Return the line of the start block."""
         lr = f"lr {self.peak_lr(batch_size):.4g}"
         if self.blr is not None:
-            lr += f" (blr {self.blr:.4g} x {batch_size} / {CLIPS_PER_BLR})"
+            lr += f" (blr {self.blr:.4g} x {batch_size} / {self.blr_clips})"
         decayed = "all parameters" if self.decay_all else "matrices only"
-        decay = (
-            f"decoupled weight decay {self.weight_decay:g} on {decayed}" if self.weight_decay else "no decay"
-        )
+        form = "coupled" if self.coupled_decay else "decoupled"
+        decay = f"{form} weight decay {self.weight_decay:g} on {decayed}" if self.weight_decay else "no decay"
         clip = f"clip {self.clip_norm:g}" if self.clip_norm is not None else "no clipping"
         return (
             f"{self.kind}: {lr}, betas {self.betas[0]:g} {self.betas[1]:g}, eps {self.eps:g}, {decay}, {clip}"
         )
 
 
-def build(model: nn.Module, config: OptimConfig, lr: float) -> torch.optim.AdamW:
+def build(model: nn.Module, config: OptimConfig, lr: float) -> torch.optim.Optimizer:
     """Return the optimiser of the model's trainable parameters, with their names in its groups.
 
     Groups: "all" under `decay_all`, otherwise "matrices" (two dimensions and more, decayed) and "vectors"
@@ -108,7 +119,8 @@ def build(model: nn.Module, config: OptimConfig, lr: float) -> torch.optim.AdamW
         for group, decay, members in split
         if members
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps, fused=True)
+    cls = torch.optim.Adam if config.coupled_decay else torch.optim.AdamW
+    return cls(groups, lr=lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def updates_made(optimizer: torch.optim.Optimizer) -> int:

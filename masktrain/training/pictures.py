@@ -38,6 +38,7 @@ MASKED = "#c9ced6"
 INK = "#222222"
 # one colour a meaning in all pictures (Okabe-Ito, told apart by colour-blind readers)
 LOSS, VALIDATION, BASELINE, RATE, WAIT = "#0072b2", "#d55e00", "#555555", "#999999", "#cc79a7"
+INTERPOLATION = "#009e73"
 STYLE: Any = {
     "font.size": 9.0,
     "axes.titlesize": 9.5,
@@ -93,14 +94,18 @@ class MelAxes:
 @dataclass(frozen=True)
 class Reconstruction:
     """One clip. name: for the title. input, prediction: (T, F) natural-log mel power; only masked cells of
-    the prediction are looked at. masked: (T, F) bool. mse: mean squared error of the masked cells, in the
-    normalised units that the model is trained in."""
+    the prediction are looked at. masked: (T, F) bool. error: mean squared error of the masked values, in the
+    normalised units that the model is trained in; that of the per-bin mean and of interpolation in time beside it.
+    median_of: of how many clips this one has the median error, None for any other."""
 
     name: str
     input: Array
     prediction: Array
     masked: Array
-    mse: float
+    error: float
+    error_bin_mean: float
+    error_interpolation: float
+    median_of: int | None = None
 
     def composed(self) -> Array:
         """Return (T, F): the input where it was visible, the prediction where it was masked."""
@@ -108,13 +113,13 @@ class Reconstruction:
 
 
 def reconstruction_figure(
-    clips: Sequence[Reconstruction], axes: MelAxes, title: str, patch_time: int = 1
+    clips: Sequence[Reconstruction], axes: MelAxes, title: str, patch_time: int = 1, note: str = ""
 ) -> Figure:
     """Return a figure with the input, what the model saw, and the reconstruction of each clip, one below the
     other.
 
     The three share one colour range, in dB: from the input's maximum down by `RANGE_DB` or to its minimum.
-    patch_time: frames of a token, which decides how wide a clip has to be drawn.
+    patch_time: frames of a token, which decides how wide a clip has to be drawn. note: for the foot of the figure.
     """
     if not clips:
         raise ValueError("reconstruction_figure: no clips")
@@ -134,6 +139,8 @@ def reconstruction_figure(
         for index, clip in enumerate(clips):
             _draw_clip(figure, outer[index // columns, index % columns], clip, axes)
         figure.legend(handles=[_patch(MASKED, "masked")], loc="outside upper right")
+        if note:
+            figure.supxlabel(note, x=0.008, ha="left", fontsize=8, color=INK)
     return figure
 
 
@@ -165,9 +172,11 @@ def _draw_clip(figure: Figure, place: Any, clip: Reconstruction, axes: MelAxes) 
         panel.set_ylabel(f"{what}\nfrequency (Hz)")
     share = float(np.mean(clip.masked))
     seconds = len(truth) * axes.hop_s
+    label = "" if clip.median_of is None else f"median error of {clip.median_of} clips: "
     panels[0].set_title(
-        f"{_shown(clip.name, 30)}   {seconds:.3g} s, {100 * share:.0f} % masked, "
-        f"MSE {clip.mse:.3g} (normalised)",
+        f"{label}{_shown(clip.name, 30)}   {seconds:.3g} s, {100 * share:.0f} % masked\n"
+        f"squared error {clip.error:.3g} (interpolated in time {clip.error_interpolation:.3g}, per-bin mean "
+        f"{clip.error_bin_mean:.3g})",
         parse_math=False,
     )
     panels[-1].set_xlabel("time (s)")
@@ -299,13 +308,17 @@ def _draw_rate_over_time(panel: Axes, rate: Array, seconds: float, mean: float) 
 @dataclass(frozen=True)
 class Validation:
     """Losses on held-out clips after `step` steps: of the model and of the predictor that knows only each mel
-    bin's mean, in total and by part."""
+    bin's mean, in total and by part. error: mean squared error of the masked values of the normalised log-mel, that
+    of the per-bin mean and that of linear interpolation in time; None for a model that reconstructs nothing."""
 
     step: int
     loss: float
     parts: Mapping[str, float]
     baseline: float
     baseline_parts: Mapping[str, float]
+    error: float | None = None
+    error_bin_mean: float | None = None
+    error_interpolation: float | None = None
 
 
 def loss_figure(rows: Sequence[Mapping[str, Any]], validations: Sequence[Validation], title: str) -> Figure:
@@ -369,6 +382,56 @@ def _draw_loss(
     # a curve that falls by more than a decade is read on a logarithmic axis
     if shown.size and shown.min() > 0 and shown.max() > 12 * shown.min():
         panel.set_yscale("log")
+    panel.grid(True)
+
+
+def error_figure(runs: Mapping[str, Sequence[Validation]], title: str) -> Figure:
+    """Return the error of held-out clips over the steps, a panel for each run, as a share of the per-bin mean's.
+
+    runs: the evaluations of each run by its name, of models that reconstruct. The share makes runs comparable whose
+    inputs are normalised differently: at 1 a model knows no more than the mean of each mel bin, and below the dashed
+    line more than interpolation in time between what is visible.
+    """
+    if not runs or not all(runs.values()):
+        raise ValueError("error_figure: no evaluations")
+    columns = min(4, len(runs))
+    rows = math.ceil(len(runs) / columns)
+    with _style():
+        figure = _figure(max(6.0, 3.1 * columns), 0.7 + 2.7 * rows, title)
+        panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
+        for panel in panels.flat[len(runs) :]:
+            panel.set_visible(False)
+        for panel, (name, evaluations) in zip(panels.flat, runs.items(), strict=False):
+            _draw_error(panel, name, evaluations)
+        for row in panels:
+            row[0].set_ylabel("error / error of per-bin mean")
+        handles, labels = panels[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    return figure
+
+
+def _draw_error(panel: Axes, name: str, evaluations: Sequence[Validation]) -> None:
+    known = [v for v in evaluations if _is_number(v.error) and v.error_bin_mean and v.error_interpolation]
+    panel.axhline(1.0, color=BASELINE, linewidth=1.2, label="per-bin mean")
+    if known:
+        last = known[-1]
+        assert last.error is not None and last.error_bin_mean and last.error_interpolation
+        panel.axhline(
+            last.error_interpolation / last.error_bin_mean,
+            color=INTERPOLATION,
+            linewidth=1.4,
+            linestyle=(0, (4, 3)),
+            label="interpolated in time",
+        )
+        shares = [v.error / v.error_bin_mean for v in known if v.error is not None and v.error_bin_mean]
+        panel.plot([v.step for v in known], shares, "o-", color=VALIDATION, markersize=3, label="model")
+        name = (
+            f"{name}\n{last.error / last.error_bin_mean:.2f} of per-bin mean, "
+            f"{last.error / last.error_interpolation:.2f} of interpolation"
+        )
+    panel.set_title(name, parse_math=False)
+    panel.set_ylim(0.0, 1.3)  # what a model starts from may lie far above
+    panel.set_xlabel("step")
     panel.grid(True)
 
 

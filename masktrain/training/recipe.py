@@ -6,18 +6,19 @@ A recipe is a function in masktrain/recipes/ that returns a `Recipe`; a variant 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import tyro
 
+from masktrain.data.augment import AugmentConfig
 from masktrain.data.config import DataConfig
 from masktrain.errors import ConfigError
 from masktrain.frontend.config import FrontendConfig
 from masktrain.masking.registry import Strategy
 from masktrain.models.input_norm import InputNormConfig
-from masktrain.models.mae_ast import MaeAstConfig
-from masktrain.objectives.joint import JointConfig
+from masktrain.models.registry import ModelConfig
+from masktrain.objectives.registry import Objective
 from masktrain.training.optim import OptimConfig
 from masktrain.training.schedule import ScheduleConfig
 from masktrain.types import Order, TokenGrid
@@ -103,6 +104,9 @@ class Recipe:
     """The reference code that it follows."""
     readings: tyro.conf.Suppress[tuple[str, ...]] = ()
     """Where paper and code disagree or a value is not obvious: what was taken, and from where."""
+    sources: tyro.conf.Suppress[tuple[tuple[str, str], ...]] = ()
+    """(dotted field, or group of fields, of this recipe; where its value at size base is from): a file of the code as
+    owner/name:path, or a section of the paper."""
     batch_size: tyro.conf.Suppress[int]
     """Clips of one step over all ranks and micro-batches."""
     seed: tyro.conf.Suppress[int] = 0
@@ -112,10 +116,11 @@ class Recipe:
     tokens: TokenConfig
     input_norm: InputNormConfig
     masking: Strategy
-    model: MaeAstConfig
-    objective: JointConfig
+    model: ModelConfig
+    objective: Objective
     optim: OptimConfig
     schedule: ScheduleConfig
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     train: TrainConfig = TrainConfig()
 
     def __post_init__(self) -> None:
@@ -123,6 +128,14 @@ class Recipe:
             raise ConfigError(f"batch_size: must be at least 1; received {self.batch_size}.")
         if not 0 <= self.seed < 1 << 48:
             raise ConfigError(f"seed: must lie in [0, 2^48); received {self.seed}.")
+
+    def source(self, field: str) -> str:
+        """Return where the value of a dotted field is from: its own entry of `sources`, else that of the innermost
+        group that has one, else ""."""
+        known = dict(self.sources)
+        while field and field not in known:
+            field = field.rpartition(".")[0]
+        return known.get(field, "")
 
     @property
     def grid(self) -> TokenGrid:

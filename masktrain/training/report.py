@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ from masktrain.types import Spectrogram, StepKey, cumulative
 if TYPE_CHECKING:
     from masktrain.data.loader import Loader
     from masktrain.data.manifest import BadClip
+    from masktrain.training.schedule import ResolvedSchedule
     from masktrain.training.step import StepResult
 
 ALWAYS_LOGGED = 10
@@ -39,6 +40,11 @@ SHORT_RUN = 1000
 LONG_RUN_EVERY = 50
 PADDING_WARNING = 0.2
 MAP_PLANS = 512
+ERRORS = ("error", "error_bin_mean", "error_interpolation")
+LEVELS = (
+    "The model predicts patches without level and contrast (norm_pix_loss); both are those of the patch interpolated in "
+    "time from what is visible."
+)
 
 
 @contextmanager
@@ -73,7 +79,7 @@ class Report:
         world: World,
         console: Console,
         manifest_digest: str,
-        steps: int,
+        schedule: ResolvedSchedule,
     ) -> None:
         """run: the folder, on the first rank."""
         self.spec = spec
@@ -81,7 +87,8 @@ class Report:
         self.world = world
         self.console = console
         self.digest = manifest_digest
-        self.steps = steps
+        self.schedule = schedule
+        self.steps = schedule.steps
         self.start = 0
         self.run = run
         self._jsonl: loggers.JsonlLogger | None = None
@@ -159,7 +166,9 @@ class Report:
     def _warn_of_missing(self, rows: list[dict[str, Any]], start: int) -> None:
         """Name the rows up to step `start` that are not in the files: nothing depends on them but the curves."""
         wanted = {step for step in range(1, start + 1) if self._due(step)}
-        validated = {step for step in (0, (self.steps + 1) // 2, self.steps) if step <= start}
+        validated = {
+            step for step in range(start + 1) if self.schedule.milestone(step) or self.schedule.watched(step)
+        }
         for name, missing in (
             ("metrics.jsonl", wanted - {row["step"] for row in rows}),
             (self._validation_path.name, validated - {v.step for v in self.validations()}),
@@ -208,8 +217,15 @@ class Report:
                 "the reference does; --data.padding none packs the clips instead."
             )
 
-    def validated(self, validation: pictures.Validation, drawn: list[pictures.Reconstruction]) -> None:
-        """Log losses of held-out clips, and draw them."""
+    def paused(self) -> AbstractContextManager[None]:
+        """Return a context that is left out of the rates."""
+        assert self._meter is not None
+        return self._meter.paused()
+
+    def validated(
+        self, validation: pictures.Validation, drawn: list[pictures.Reconstruction], *, say: bool
+    ) -> None:
+        """Log losses and errors of held-out clips, draw them, and say them on the console."""
         assert self._meter is not None
         if self.run is None or self._validations is None or self._tensorboard is None:
             return
@@ -217,16 +233,18 @@ class Report:
             step = validation.step
             self._validations.log(dataclasses.asdict(validation))
             scalars = {f"val_{name}": value for name, value in validation.parts.items()}
+            if validation.error is not None:
+                scalars["val_error"] = validation.error
             self._tensorboard.log({"step": step, "val_loss": validation.loss, **scalars})
-            self.console.note(
-                f"held-out clips after {step} steps: loss {validation.loss:.4g} (per-bin mean {validation.baseline:.4g})"
-            )
+            if say:
+                self.console.note(held_out_line(validation))
             if drawn:
                 figure = pictures.reconstruction_figure(
                     drawn,
                     self._axes(),
                     f"{self.recipe.name}, {self.recipe.size}: held-out clips after {step} steps",
                     self.recipe.tokens.patch_time,
+                    LEVELS if getattr(self.recipe.objective, "norm_pix_loss", False) else "",
                 )
                 png = pictures.save(figure, self.run.pictures / f"reconstruction_{step:08d}.png")
                 self._tensorboard.picture("reconstruction", step, png)
@@ -272,6 +290,9 @@ class Report:
             title = f"{self.recipe.name}, {self.recipe.size}, {self.recipe.train.steps or done} steps"
             pictures.save(pictures.loss_figure(rows, validations, title), self.run.pictures / "loss.png")
             pictures.save(pictures.throughput_figure(rows, title), self.run.pictures / "throughput.png")
+            if any(v.error is not None for v in validations):
+                figure = pictures.error_figure({"held-out clips": validations}, title)
+                pictures.save(figure, self.run.pictures / "error.png")
         summary = summarise(rows, validations, done, self.steps)
         summary |= {
             "recipe": self.recipe.name,
@@ -279,6 +300,7 @@ class Report:
             "bad_clips": [dataclasses.asdict(clip) for clip in bad],
             "clip_notes": dict(notes),
             "seconds": time.monotonic() - self._began,
+            "validation_seconds": self._meter.paused_seconds if self._meter else 0.0,
         }
         self.run.write_summary(summary)
         if summary_json is not None:
@@ -303,7 +325,11 @@ def is_validation(row: Mapping[str, Any]) -> bool:
     parts = [row.get("parts"), row.get("baseline_parts")]
     numbers = [row.get(name) for name in ("step", "loss", "baseline")]
     numbers += [value for part in parts if isinstance(part, dict) for value in part.values()]
-    return all(isinstance(part, dict) for part in parts) and all(map(is_number, numbers))
+    return (
+        all(isinstance(part, dict) for part in parts)
+        and all(map(is_number, numbers))
+        and all(name in row and is_number(row[name], or_null=True) for name in ERRORS)
+    )
 
 
 def summarise(
@@ -312,7 +338,8 @@ def summarise(
     """Return what summary.json says of the losses.
 
     loss_first: mean of steps 2 to 6. loss_last: mean of the last tenth of the steps done. loss_baseline: of the
-    predictor that knows each mel bin's mean, on the clips of steps 2 to 6.
+    predictor that knows each mel bin's mean, on the clips of steps 2 to 6. error and its two references: of the last
+    evaluation of the held-out clips.
     """
     first = [row for row in rows if 2 <= row["step"] <= 6]
     last = [row for row in rows if row["step"] > done - max(1, done // 10)]
@@ -336,7 +363,22 @@ def summarise(
         summary[f"baseline_{part}"] = mean_of(first, f"baseline_{part}")
     if validations:
         summary["validation"] = [dataclasses.asdict(v) for v in validations]
+        summary |= {name: getattr(validations[-1], name) for name in ERRORS}
     return summary
+
+
+def held_out_line(validation: pictures.Validation) -> str:
+    """Return what the console says of an evaluation."""
+    line = f"held-out clips after {validation.step} steps: loss {validation.loss:.4g} (per-bin mean {validation.baseline:.4g})"
+    return line if validation.error is None else f"{line}; {errors_of(dataclasses.asdict(validation))}"
+
+
+def errors_of(numbers: Mapping[str, Any]) -> str:
+    """Return the squared errors of masked values in words. numbers: with those of ERRORS."""
+    return (
+        f"squared error of masked cells {numbers['error']:.4g}, interpolated in time "
+        f"{numbers['error_interpolation']:.4g}, per-bin mean {numbers['error_bin_mean']:.4g}"
+    )
 
 
 def mean_of(rows: list[dict[str, Any]], name: str) -> float | None:
@@ -368,6 +410,8 @@ def ending(summary: Mapping[str, Any], path: Path) -> list[tuple[str, str]]:
                 f"lower; predicting the per-bin mean: {summary['loss_baseline']:.4g}",
             )
         )
+    if summary.get("error") is not None:
+        lines.append(("error", errors_of(summary)))
     if summary["bad_clips"]:
         lines.append(
             (

@@ -10,13 +10,13 @@ import torch
 
 from masktrain import __version__
 from masktrain.kernels._dispatch import Choice
-from masktrain.models.flops import activation_bytes
 from masktrain.training.kernel_choices import kernel_choices
 from masktrain.training.memory import expected_memory
 from masktrain.training.run_dir import cpu_model
 
 if TYPE_CHECKING:
     from masktrain.training.distributed import World
+    from masktrain.training.recipe import Recipe
     from masktrain.training.trainer import Trainer
 
 
@@ -61,6 +61,8 @@ def start_block(trainer: Trainer) -> list[tuple[str, str]]:
         ("data", f"{clips} clips, {trainer.manifest.seconds / 3600:.2f} h{held}"),
         ("loader", trainer.loader_reason),
         ("input", _input_line(trainer)),
+        *_augment_lines(recipe),
+        *((("normalised", trainer.bins_line),) if trainer.bins_line else ()),
         ("masking", _masking_line(trainer)),
         ("batch", f"{batch} clips" + (f" = {layout}" if per_rank != batch else "")),
         ("steps", f"{trainer.steps} ({trainer.steps * batch / clips:.3g} epochs of {clips} clips)"),
@@ -69,7 +71,10 @@ def start_block(trainer: Trainer) -> list[tuple[str, str]]:
         ("parameters", f"{parameters / 1e6:.2f} M"),
         (
             "memory",
-            expected_memory(model, activation_bytes(model, _typical_tokens(trainer), per_rank)).describe(),
+            expected_memory(
+                model,
+                model.activation_bytes(_typical_tokens(trainer), per_rank, recipe.masking.mask_ratio),
+            ).describe(),
         ),
     ]
     lines += _kernel_lines(kernel_choices(world.device))
@@ -88,6 +93,12 @@ def _kernel_lines(choices: tuple[Choice, ...]) -> list[tuple[str, str]]:
     ]
 
 
+def _augment_lines(recipe: Recipe) -> list[tuple[str, str]]:
+    """Return what is drawn anew for training clips in each step, where anything is."""
+    parts = [recipe.augment.describe(), recipe.frontend.describe_jitter()]
+    return [("augment", f"{part}, in training alone") for part in parts if part]
+
+
 def _device_line(world: World) -> str:
     if world.device.type == "cuda":
         name = torch.cuda.get_device_name(world.device)
@@ -101,6 +112,8 @@ def _input_line(trainer: Trainer) -> str:
     crop = "whole clips" if data.clip_seconds is None else f"clips of up to {data.clip_seconds:g} s"
     if data.padding == "reference":
         length = f"padded to {data.target_length} frames, as the reference does"
+    elif data.padding == "silence":
+        length = f"filled with silence to {data.clip_seconds:g} s, as the reference does"
     elif data.crop_to_batch_min:
         length = "cropped to the shortest of the batch"
     else:

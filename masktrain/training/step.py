@@ -13,16 +13,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from masktrain.data.augment import augment
 from masktrain.frontend.frontend import Frontend
-from masktrain.frontend.length import crop_to, pad_to
-from masktrain.models.flops import train_flops
-from masktrain.models.mae_ast import MaeAst
-from masktrain.objectives import joint
+from masktrain.frontend.length import crop_to, fill_with_silence, pad_to
+from masktrain.models.pretrainer import Pretrainer
+from masktrain.objectives.registry import total
 from masktrain.training.distributed import World, no_sync
 from masktrain.training.optim import clip_grad
 from masktrain.training.precision import Precision
 from masktrain.training.recipe import Recipe
-from masktrain.training.schedule import ResolvedSchedule
+from masktrain.training.schedule import Plateau, ResolvedSchedule
 from masktrain.types import AudioBatch, LossTerm, MaskPlan, Spectrogram, StepKey
 
 
@@ -57,17 +57,19 @@ class Step:
     def __init__(
         self,
         recipe: Recipe,
-        model: MaeAst,
+        model: Pretrainer,
         optimizer: torch.optim.Optimizer,
         schedule: ResolvedSchedule,
         world: World,
         precision: Precision,
     ) -> None:
         self.recipe = recipe
+        self.objective = recipe.objective
         self.model = model
         self.distributed: nn.Module = world.wrap(model, unused=recipe.model.may_drop_layers)
         self.optimizer = optimizer
         self.schedule = schedule
+        self.plateau = Plateau(schedule.config) if schedule.config.kind == "plateau" else None
         self.world = world
         self.precision = precision
         self.frontend = Frontend(recipe.frontend)
@@ -81,23 +83,23 @@ class Step:
     ) -> StepResult:
         """Do step `step` (0-based) with the micro-batches of this rank."""
         key = StepKey.make(self.recipe.seed, step, self.world.device)
-        spectrograms = self.fit_lengths([self.spectrogram(a) for a in audio], key)
+        spectrograms = self.fit_lengths([self.spectrogram(a, key) for a in audio], key)
         mean, scale = self._normalisation(spectrograms)
-        plans = [self.recipe.masking.plan(self.grid.layout(s), key) for s in spectrograms]
+        plans = [self.plans(s, key) for s in spectrograms]
         counts, totals = self._exchange(audio, plans, step, stop)
-        lr = self.schedule.lr_at(step)
+        lr = self.schedule.lr_at(step, self.plateau.reduction if self.plateau else 1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         parts = {name: torch.zeros((), dtype=torch.float64, device=self.world.device) for name in counts}
-        for i, (spectrogram, plan) in enumerate(zip(spectrograms, plans, strict=True)):
+        for i, (spectrogram, masks) in enumerate(zip(spectrograms, plans, strict=True)):
             with no_sync(self.distributed, i + 1 < len(plans)):
                 with self.precision.autocast(self.world.device):
-                    output = self.distributed(spectrogram, plan, mean, scale, key)
-                terms = joint.terms(output, spectrogram, plan, mean, scale, self.recipe.objective)
-                loss = joint.total(terms, counts)
+                    output = self.distributed(spectrogram, masks, mean, scale, key)
+                terms = self.objective.terms(output, spectrogram, masks, mean, scale)
+                loss = total(terms, counts)
                 _add(parts, terms, counts)
                 # DistributedDataParallel averages gradients over ranks; the counts already span the ranks
                 scaled = loss * self.world.size
@@ -126,14 +128,14 @@ class Step:
     def _baseline(
         self,
         spectrograms: list[Spectrogram],
-        plans: list[MaskPlan],
+        plans: list[tuple[MaskPlan, ...]],
         mean: Tensor,
         scale: Tensor,
         counts: dict[str, int],
     ) -> dict[str, Tensor]:
         parts = {name: torch.zeros((), dtype=torch.float64, device=self.world.device) for name in counts}
-        for spectrogram, plan in zip(spectrograms, plans, strict=True):
-            terms = joint.per_bin_mean_terms(spectrogram, plan, mean, scale, self.recipe.objective)
+        for spectrogram, masks in zip(spectrograms, plans, strict=True):
+            terms = self.objective.per_bin_mean_terms(spectrogram, masks, mean, scale)
             _add(parts, terms, counts)
         return self._over_ranks(parts)
 
@@ -141,19 +143,32 @@ class Step:
         """Return the parts of the whole batch and their weighted sum under "loss"."""
         for value in parts.values():
             self.world.sum_(value)
-        weights = joint.weights(self.recipe.objective)
-        total = torch.stack([weights[name] * value for name, value in parts.items()]).sum()
-        return {"loss": total, **parts}
+        weights = self.objective.weights
+        loss = torch.stack([weights[name] * value for name, value in parts.items()]).sum()
+        return {"loss": loss, **parts}
 
-    def spectrogram(self, audio: AudioBatch) -> Spectrogram:
-        """Return the log-mel of one micro-batch on the device, in the model's dtype."""
+    def plans(self, spectrogram: Spectrogram, key: StepKey) -> tuple[MaskPlan, ...]:
+        """Draw the masks of one micro-batch, as many a clip as the model takes."""
+        layout = self.grid.layout(spectrogram)
+        return tuple(self.recipe.masking.plan(layout, key, draw) for draw in range(self.model.config.masks))
+
+    def spectrogram(self, audio: AudioBatch, key: StepKey | None = None) -> Spectrogram:
+        """Return the log-mel of one micro-batch on the device, in the model's dtype.
+
+        key: of a training step, which draws the recipe's augmentation; None for evaluation, which has none.
+        """
         device = self.world.device
         moved = replace(
             audio,
             samples=audio.samples.to(device, non_blocking=True),
             clip_ids=audio.clip_ids.to(device, non_blocking=True),
         )
-        spectrogram = self.frontend(moved)
+        if key is not None:
+            moved = augment(moved, self.recipe.augment, key)
+        if self.recipe.data.padding == "silence":
+            assert self.recipe.data.clip_seconds is not None
+            moved = fill_with_silence(moved, self.recipe.data.clip_seconds)
+        spectrogram = self.frontend(moved, key)
         return replace(spectrogram, frames=spectrogram.frames.to(self.dtype))
 
     def fit_lengths(self, spectrograms: list[Spectrogram], key: StepKey) -> list[Spectrogram]:
@@ -178,23 +193,24 @@ class Step:
         return norm.affine(sums)
 
     def _exchange(
-        self, audio: list[AudioBatch], plans: list[MaskPlan], step: int, stop: bool
+        self, audio: list[AudioBatch], plans: list[tuple[MaskPlan, ...]], step: int, stop: bool
     ) -> tuple[dict[str, int], dict[str, int]]:
         """Return the loss counts and the totals of the global batch: one small sum over the ranks, on the host."""
-        names = list(joint.counts(plans[0], self.grid))
-        local_counts = [sum(joint.counts(p, self.grid)[n] for p in plans) for n in names]
-        layers = self.model.active_layers(StepKey.make(self.recipe.seed, step, "cpu"))
+        each = [self.objective.counts(masks, self.grid) for masks in plans]
+        local_counts = {name: sum(counts[name] for counts in each) for name in each[0]}
+        key = StepKey.make(self.recipe.seed, step, "cpu")
+        drawn = [plan for masks in plans for plan in masks]
         local = {
-            "visible": sum(sum(p.n_visible) for p in plans),
-            "tokens": sum(sum(p.layout.lengths) for p in plans),
-            "padding": sum(self._padding(a, p) for a, p in zip(audio, plans, strict=True)),
-            "flops": sum(train_flops(self.model, p, layers) for p in plans),
+            "visible": sum(sum(p.n_visible) for p in drawn),
+            "tokens": sum(sum(p.layout.lengths) for p in drawn),
+            "padding": sum(self._padding(a, p) for a, masks in zip(audio, plans, strict=True) for p in masks),
+            "flops": sum(self.model.train_flops(masks, key) for masks in plans),
             "digest": self._digest(audio),
             "stop": int(stop),
         }
-        summed = self.world.sum_host([*local_counts, *local.values()])
-        counts = dict(zip(names, summed[: len(names)], strict=True))
-        totals = dict(zip(local, summed[len(names) :], strict=True))
+        summed = self.world.sum_host([*local_counts.values(), *local.values()])
+        counts = dict(zip(local_counts, summed[: len(local_counts)], strict=True))
+        totals = dict(zip(local, summed[len(local_counts) :], strict=True))
         totals["digest"] %= 1 << 40
         return counts, totals
 

@@ -31,6 +31,7 @@ from masktrain.training.report import Report, run_folder
 from masktrain.training.run_dir import RunDir
 from masktrain.training.run_spec import RunSpec, stored_manifest_digest
 from masktrain.training.start_block import differences_at_resume, environment, start_block
+from masktrain.training.statistics import Measured, measure_statistics
 from masktrain.training.step import Step
 from masktrain.training.stop import StopRequest
 from masktrain.training.validation import Validator
@@ -91,8 +92,9 @@ class Trainer:
             self.recipe.schedule, self.steps, self.recipe.optim.peak_lr(self.recipe.batch_size)
         )
         self.step = self._new_step(self.recipe, self.schedule)
-        if self.spec.init_from and not spec.resume:
-            self._init_from(self.spec.init_from)
+        self.bins_line: str | None = None
+        if not spec.resume:
+            self._first_state()
         self.loader, self.loader_reason = self._new_loader(self.manifest, self.recipe, self.world)
 
     def _check_length(self) -> None:
@@ -104,10 +106,23 @@ class Trainer:
                 f"{self.recipe.tokens.patch_time} frames; raise it."
             )
 
+    def _most_columns(self, recipe: Recipe) -> int:
+        """Return the time columns of the longest clip that a step can meet."""
+        data, frontend = recipe.data, recipe.frontend
+        if data.padding == "reference":
+            return recipe.grid.columns(data.target_length or 0)
+        longest = max(float(clips.durations.max(initial=0)) for clips in (self.manifest, self.held_out))
+        seconds = longest if data.clip_seconds is None else min(longest, data.clip_seconds)
+        if data.padding == "silence":
+            seconds = data.clip_seconds or 0.0
+        samples = round(seconds * frontend.sample_rate)
+        return recipe.grid.columns(frontend.frames_for(samples, frontend.sample_rate))
+
     def _new_step(self, recipe: Recipe, resolved: schedule.ResolvedSchedule) -> Step:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             model = registry.build(recipe.model, recipe.grid, recipe.input_norm)
+        model.check_columns(self._most_columns(recipe))
         model.to(self.world.device)
         return Step(
             recipe, model, optim.build(model, recipe.optim, resolved.lr), resolved, self.world, self.precision
@@ -152,6 +167,50 @@ class Trainer:
             notes=(*spec.notes, note),
         )
 
+    def _first_state(self) -> None:
+        """Give the model what it has before the first step beside its random weights."""
+        if self.spec.init_from:
+            self._init_from(self.spec.init_from)
+        elif self.recipe.input_norm.kind == "per_bin":
+            self._measure_bins()
+
+    def _measure_bins(self) -> None:
+        """Measure mean and standard deviation of each mel bin of the training clips, on the first rank for all."""
+        config, clips = self.recipe.input_norm, len(self.manifest)
+        measured: Measured | DataError | None = None
+        if self.world.first:
+            try:
+                with self.console.progress("measuring mel bins") as advance:
+                    measured = measure_statistics(
+                        self.manifest,
+                        self.recipe.frontend,
+                        clips=min(config.measured_clips, clips),
+                        clip_seconds=self.recipe.data.clip_seconds,
+                        seed=self.recipe.seed,
+                        progress=advance,
+                    )
+            except DataError as error:  # the other ranks wait for an answer
+                measured = error
+        measured = cast(Measured | DataError, self.world.gather_objects(measured)[0])
+        if isinstance(measured, DataError):
+            raise measured
+        found = measured.statistics
+        self.step.model.input_norm.set_bins(torch.tensor(found.bin_mean), torch.tensor(found.bin_std))
+        self.bins_line = (
+            f"mean and deviation of each of the {len(found.bin_std)} mel bins, measured on {measured.clips} of "
+            f"{clips} clips"
+        )
+        low = [number for number, std in enumerate(found.bin_std) if std < config.std_floor]
+        if low:
+            shown = ", ".join(map(str, low[:8])) + (", ..." if len(low) > 8 else "")
+            self.bins_line += (
+                f"; {len(low)} bins are divided by input_norm.std_floor {config.std_floor:g} instead"
+            )
+            self.console.warn(
+                f"mel bins with a standard deviation under {config.std_floor:g}: {len(low)} of {len(found.bin_std)} "
+                f"({shown}); silence, an empty filter or a low-passed corpus. See input_norm.std_floor."
+            )
+
     def _init_from(self, path: Path) -> None:
         """Load the weights of a run folder's newest checkpoint, or of one checkpoint folder."""
         if os.path.isdir(path / "checkpoints"):
@@ -176,12 +235,18 @@ class Trainer:
         # the same shapes may stand for other things: 16 x 16 patches and frames of 128 bins in pairs, say
         differing = [
             f"{part}.{name}: the weights have {theirs}, this run {ours}"
-            for part in ("frontend", "tokens")
-            for name, theirs, ours in differences(getattr(recipe, part), getattr(self.recipe, part))
+            for part, theirs_of, ours_of in (
+                ("frontend.mel", recipe.frontend.mel, self.recipe.frontend.mel),
+                ("tokens", recipe.tokens, self.recipe.tokens),
+            )
+            for name, theirs, ours in differences(theirs_of, ours_of)
         ]
+        for name in ("heads", "decoder_heads", "norm", "positions", "decoder_positions"):
+            has, wants = (getattr(model, name, None) for model in (recipe.model, self.recipe.model))
+            differing += [f"model.{name}: the weights have {has}, this run {wants}"] if has != wants else []
         if differing:
             raise CheckpointError(
-                f"--init-from {path}: the weights of {recipe.name} were trained on another input. "
+                f"--init-from {path}: the weights of {recipe.name} were trained on another input or model. "
                 f"{'; '.join(differing)}. Give this run the same values, or start without --init-from."
             )
         try:
@@ -189,11 +254,13 @@ class Trainer:
         except CheckpointError as error:
             raise CheckpointError(f"--init-from {path}: {error}") from error
         self.console.note(f"Weights of {recipe.name} after {saved.step} steps, from {saved.path}.")
+        if self.recipe.input_norm.kind == "per_bin":
+            self.bins_line = "mean and deviation of each mel bin, as the weights of --init-from bring them"
 
     def fit(self, folder: RunDir | None, stop: StopRequest, summary_json: Path | None) -> None:
         """Train to the end, save, and write pictures and summary. folder: the run's, on the first rank."""
         try:
-            with Report(self.spec, folder, self.world, self.console, self.digest, self.steps) as report:
+            with Report(self.spec, folder, self.world, self.console, self.digest, self.schedule) as report:
                 start = self._resume() if self.spec.resume else 0
                 report.begin(start_block(self), start, self.precision.name)
                 saver = checkpoint.AsyncSaver(self.spec.out / "checkpoints", self.recipe.train.keep_last)
@@ -211,10 +278,9 @@ class Trainer:
         """Do the steps that are left and return how many are done."""
         validator = self._validator()
         every = self.recipe.train.checkpoint_every or max(1, self.steps // 10)
-        middle = (self.steps + 1) // 2
         if start == 0:
             report.draw_mask_rate(max(validator.spectrograms[0].lengths))
-            report.validated(*validator(0))
+            self._evaluate(report, validator, 0)
         if start == self.steps:
             return start
         done = start
@@ -223,14 +289,32 @@ class Trainer:
             done += 1
             last = done == self.steps or result.stop
             report.stepped(done, result, self.loader, partial(self._paths, audio), last)
-            if done in (middle, self.steps):
-                report.validated(*validator(done))
+            if self.schedule.milestone(done) or self.schedule.watched(done):
+                self._evaluate(report, validator, done)
             if done % every == 0 or last:
                 self._save(saver, done)
             saver.check()
             if last:
                 break
         return done
+
+    def _evaluate(self, report: Report, validator: Validator, done: int) -> None:
+        """Evaluate the held-out clips, and let a plateau schedule see their loss; pictures at milestones alone."""
+        milestone = self.schedule.milestone(done)
+        with report.paused():
+            validation, drawn = validator(done, draw=milestone)
+        report.validated(validation, drawn, say=milestone)
+        plateau = self.step.plateau
+        if plateau is None or not self.schedule.watched(done):
+            return
+        # every rank takes the first one's value: those of other devices may differ in their last bits
+        loss = self.world.gather_objects(validation.loss)[0]
+        assert isinstance(loss, float)
+        if plateau.watch(loss) and done < self.steps:
+            self.console.note(
+                f"learning rate {self.schedule.lr_at(done, plateau.reduction):.3g} from step {done + 1} on: the loss of "
+                f"the held-out clips has not improved in {plateau.config.patience + 1} evaluations"
+            )
 
     def _record(self) -> tuple[BadClips, list[Any]]:
         """Return the record of bad clips of all ranks, and the state of each. Raises DataError for too many."""
@@ -280,6 +364,7 @@ class Trainer:
             "loss_scale": self.step.scaler.state_dict() if self.step.scaler else None,
             "bad_clips": bad,
             "skipped_updates": self.step.skipped,
+            "plateau": self.step.plateau.state() if self.step.plateau else None,
             "environment": environment(self.world),
         }
         saver.save(done, {"model": self.step.model.state_dict(), "optimizer": tensors}, data)
@@ -301,6 +386,7 @@ class Trainer:
                     "Start a new run."
                 )
             self.console.note("No checkpoint was saved yet: the run starts from its beginning.")
+            self._first_state()
             return 0
         if saved.data.get("recipe") != self.recipe.name:
             raise CheckpointError(
@@ -317,6 +403,8 @@ class Trainer:
             if self.step.scaler:
                 self.step.scaler.load_state_dict(saved.data["loss_scale"])
             self.step.skipped = int(saved.data["skipped_updates"])
+            if self.step.plateau:
+                self.step.plateau.load_state(saved.data["plateau"])
             own = saved.data["bad_clips"][min(self.world.rank, len(saved.data["bad_clips"]) - 1)]
             self.loader.bad.load_state(own)
             changed = differences_at_resume(saved.data["environment"], environment(self.world))
@@ -325,5 +413,7 @@ class Trainer:
         for line in changed:
             self.console.warn(f"{line}. The run goes on, but not bit for bit as it would have.")
         optim.check_updates(self.step.optimizer, saved.step, self.step.skipped)
+        if self.recipe.input_norm.kind == "per_bin":
+            self.bins_line = "mean and deviation of each mel bin, from the checkpoint"
         self.console.note(f"Resumed at step {saved.step} of {self.steps} from {saved.path.name}.")
         return saved.step

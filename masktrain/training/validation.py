@@ -1,24 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Held-out clips: their losses beside those of the per-bin-mean predictor, and their reconstructions.
+"""Held-out clips: how far the model is from them, beside two predictors that learn nothing, and their pictures.
 
 The clips, their crops and their masks are the same at every evaluation, and their input statistics are those of the
-held-out clips themselves, so that the start, the middle and the end of a run can be compared.
+held-out clips themselves, so that the evaluations of a run can be compared.
+
+Beside its losses an evaluation has the squared error of the masked values of the normalised log-mel, the same quantity
+for every recipe that reconstructs: of the model, of the per-bin mean and of linear interpolation in time between the
+visible frames. A model whose targets are standardised patch by patch (norm_pix_loss) predicts neither level nor
+contrast of a patch. They are put back from the *interpolated* patch, so that model and interpolation know the same;
+to take those of the true patch, as published viewers do, would tell the model most of the answer.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from itertools import accumulate
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from masktrain.objectives import joint
+from masktrain.objectives.patches import (
+    clip_errors,
+    destandardised,
+    interpolated,
+    masked_patches,
+    per_bin_mean,
+)
 from masktrain.training.pictures import Reconstruction, Validation, mask_grids
 from masktrain.training.step import Step
-from masktrain.types import AudioBatch, MaskPlan, Spectrogram, StepKey
+from masktrain.types import AudioBatch, StepKey
 
 # a step that no run reaches: keeps these masks apart from those of training
 KEY_STEP = 0xFFFFFFFF
@@ -28,86 +40,134 @@ class Validator:
     """Evaluates the model of a step on held-out audio."""
 
     def __init__(self, step: Step, audio: list[AudioBatch], names: list[str], pictures: int) -> None:
-        """names: the path of each clip id. pictures: how many clips are drawn, from short to long ones."""
+        """names: the path of each clip id. pictures: how many clips are drawn, the one with the median error and others
+        from short to long."""
         self.step = step
         self.names = [os.path.basename(name) for name in names]
         key = StepKey.make(step.recipe.seed, KEY_STEP, step.world.device)
         self.spectrograms = step.fit_lengths([step.spectrogram(a) for a in audio], key)
-        self.plans = [step.recipe.masking.plan(step.grid.layout(s), key) for s in self.spectrograms]
+        self.plans = [step.plans(s, key) for s in self.spectrograms]
         norm = step.model.input_norm
         sums = torch.stack([norm.statistics(s.frames) for s in self.spectrograms]).sum(0)
         self.mean, self.scale = norm.affine(sums if norm.uses_batch else None)
-        self.drawn = spread([n for s in self.spectrograms for n in s.lengths], pictures)
-        each = [joint.counts(plan, step.grid) for plan in self.plans]
+        self.pictures = pictures
+        self.by_length = spread([n for s in self.spectrograms for n in s.lengths], max(0, pictures - 1))
+        each = [step.objective.counts(masks, step.grid) for masks in self.plans]
         self.counts = {name: sum(counts[name] for counts in each) for name in each[0]}
+        self.baseline_parts = self._baseline()
+        self.values = [n * step.grid.patch_values for masks in self.plans for n in masks[-1].n_masked]
+        self._measure_references()
 
     @torch.no_grad()
-    def __call__(self, steps_done: int) -> tuple[Validation, list[Reconstruction]]:
-        """Return losses and reconstructions of the model as it is now."""
-        model, objective = self.step.model, self.step.recipe.objective
+    def _measure_references(self) -> None:
+        """Measure the two predictors that no model changes, and keep what brings back standardised patches."""
+        standardised = getattr(self.step.objective, "norm_pix_loss", False)
+        self.levels: list[Tensor | None] = []
+        self.sums_bin_mean: list[float] = []
+        self.sums_interpolation: list[float] = []
+        for spectrogram, masks in zip(self.spectrograms, self.plans, strict=True):
+            plan = masks[-1]
+            targets = masked_patches(spectrogram.frames, plan, self.mean, self.scale)
+            average = per_bin_mean(spectrogram, plan, self.mean, self.scale)
+            line = interpolated(spectrogram, plan, self.mean, self.scale)
+            self.sums_bin_mean += clip_errors(average, targets, plan).tolist()
+            self.sums_interpolation += clip_errors(line, targets, plan).tolist()
+            self.levels.append(line if standardised else None)
+
+    @torch.no_grad()
+    def _baseline(self) -> dict[str, float]:
+        """Return the losses of the per-bin-mean predictor, which no model changes."""
         sums = dict.fromkeys(self.counts, 0.0)
-        trivial = dict.fromkeys(self.counts, 0.0)
-        drawn: list[Reconstruction] = []
-        first = 0
-        was_training = model.training
-        model.eval()
-        for spectrogram, plan in zip(self.spectrograms, self.plans, strict=True):
-            with self.step.precision.autocast(self.step.world.device):
-                output = model(spectrogram, plan, self.mean, self.scale, None)
-            terms = joint.terms(output, spectrogram, plan, self.mean, self.scale, objective)
-            baseline = joint.per_bin_mean_terms(spectrogram, plan, self.mean, self.scale, objective)
+        for spectrogram, masks in zip(self.spectrograms, self.plans, strict=True):
+            terms = self.step.objective.per_bin_mean_terms(spectrogram, masks, self.mean, self.scale)
             for name in self.counts:
                 sums[name] += float(terms[name].sum)
-                trivial[name] += float(baseline[name].sum)
-            clips = range(first, first + len(spectrogram.lengths))
-            first = clips.stop
-            drawn += self._reconstructions(
-                spectrogram, plan, output.pred_recon, [i - clips.start for i in self.drawn if i in clips]
-            )
+        return {name: value / max(1, self.counts[name]) for name, value in sums.items()}
+
+    @torch.no_grad()
+    def __call__(self, steps_done: int, *, draw: bool = True) -> tuple[Validation, list[Reconstruction]]:
+        """Return losses and errors and, with `draw`, reconstructions of the model as it is now."""
+        model, objective = self.step.model, self.step.objective
+        sums = dict.fromkeys(self.counts, 0.0)
+        errors: list[float] = []
+        predictions: list[Tensor] = []
+        was_training = model.training
+        model.eval()
+        for spectrogram, masks, levels in zip(self.spectrograms, self.plans, self.levels, strict=True):
+            with self.step.precision.autocast(self.step.world.device):
+                output = model(spectrogram, masks, self.mean, self.scale, None)
+            terms = objective.terms(output, spectrogram, masks, self.mean, self.scale)
+            for name in self.counts:
+                sums[name] += float(terms[name].sum)
+            if output.pred_recon is None:
+                continue
+            predicted = output.pred_recon.float()
+            predicted = predicted if levels is None else destandardised(predicted, levels)
+            targets = masked_patches(spectrogram.frames, masks[-1], self.mean, self.scale)
+            errors += clip_errors(predicted, targets, masks[-1]).tolist()
+            if draw:
+                predictions.append(predicted.cpu())
         model.train(was_training)
-        weights = joint.weights(objective)
+        weights = objective.weights
         parts = {name: value / max(1, self.counts[name]) for name, value in sums.items()}
-        baseline_parts = {name: value / max(1, self.counts[name]) for name, value in trivial.items()}
+        values = max(1, sum(self.values))
         validation = Validation(
             step=steps_done,
             loss=sum(weights[name] * value for name, value in parts.items()),
             parts=parts,
-            baseline=sum(weights[name] * value for name, value in baseline_parts.items()),
-            baseline_parts=baseline_parts,
+            baseline=sum(weights[name] * value for name, value in self.baseline_parts.items()),
+            baseline_parts=self.baseline_parts,
+            error=sum(errors) / values if errors else None,
+            error_bin_mean=sum(self.sums_bin_mean) / values if errors else None,
+            error_interpolation=sum(self.sums_interpolation) / values if errors else None,
         )
-        return validation, drawn
+        return validation, self._reconstructions(predictions, errors) if predictions else []
 
-    def _reconstructions(
-        self, spectrogram: Spectrogram, plan: MaskPlan, predicted: Tensor, wanted: list[int]
-    ) -> list[Reconstruction]:
-        """Undo patches and normalisation for the clips `wanted` of a batch."""
-        if not wanted:
-            return []
-        grid = plan.layout.grid
-        mean, scale = float(self.mean.mean()), float(self.scale.mean())
-        values = predicted.float().cpu().numpy()
-        starts = [0, *accumulate(plan.n_masked)]
-        grids = mask_grids(plan)
+    def _reconstructions(self, predictions: list[Tensor], errors: list[float]) -> list[Reconstruction]:
+        """Return the clips to draw, the one with the median error first and the others from short to long ones.
+
+        predictions: the normalised masked patches of each batch. errors: summed over each clip.
+        """
+        middle = median([e / n if n else math.nan for e, n in zip(errors, self.values, strict=True)])
+        others = [clip for clip in self.by_length if clip != middle]
+        wanted = [*([] if middle is None else [middle]), *others][: self.pictures]
+        batches = [i for i, s in enumerate(self.spectrograms) for _ in s.lengths]
+        grids = {i: mask_grids(self.plans[i][-1]) for i in {batches[clip] for clip in wanted}}
+        mean, scale = self.mean.float().cpu().numpy(), self.scale.float().cpu().numpy()  # (1,) or (F,)
+        mel = self.step.recipe.frontend.mel
         out = []
-        for index in wanted:
+        for clip in wanted:
+            batch = batches[clip]
+            spectrogram, plan = self.spectrograms[batch], self.plans[batch][-1]
+            index, grid = clip - batches.index(batch), plan.layout.grid
             truth = spectrogram.clip(index).float().cpu().numpy()
-            patches = values[starts[index] : starts[index + 1]]
-            canvas, masked = assemble(grids[index], patches, grid.patch_freq, grid.patch_time, grid.order)
+            patches = predictions[batch].split(list(plan.n_masked))[index].numpy()
+            canvas, masked = assemble(
+                grids[batch][index], patches, grid.patch_freq, grid.patch_time, grid.order
+            )
             # a last column may reach past the clip, and a dropped one leaves frames that no token covers
             frames = min(len(truth), len(canvas))
             truth, canvas, masked = truth[:frames], canvas[:frames], masked[:frames]
-            error = (canvas - (truth - mean) * scale)[masked]
-            clip = int(spectrogram.clip_ids[index])
+            number, values = int(spectrogram.clip_ids[index]), max(1, self.values[clip])
             out.append(
                 Reconstruction(
-                    name=self.names[clip] if clip < len(self.names) else str(clip),
-                    input=truth,
-                    prediction=canvas / scale + mean,
+                    name=self.names[number] if number < len(self.names) else str(number),
+                    input=truth * mel.divisor - mel.offset,
+                    prediction=(canvas / scale + mean) * mel.divisor - mel.offset,
                     masked=masked,
-                    mse=float(np.square(error).mean()) if error.size else 0.0,
+                    error=errors[clip] / values,
+                    error_bin_mean=self.sums_bin_mean[clip] / values,
+                    error_interpolation=self.sums_interpolation[clip] / values,
+                    median_of=len(errors) if clip == middle else None,
                 )
             )
         return out
+
+
+def median(errors: list[float]) -> int | None:
+    """Return the index of the median, of the lower one of two; None where all are NaN, which counts for nothing."""
+    ranked = sorted((i for i, e in enumerate(errors) if not math.isnan(e)), key=lambda i: errors[i])
+    return ranked[(len(ranked) - 1) // 2] if ranked else None
 
 
 def spread(lengths: list[int], wanted: int) -> list[int]:

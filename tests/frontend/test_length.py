@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from masktrain.frontend.length import crop_to, crop_to_shortest, pad_to
+from masktrain.frontend.length import crop_to, crop_to_shortest, fill_with_silence, pad_to
 from masktrain.kernels.philox import Purpose, host_words
-from masktrain.types import Spectrogram, StepKey, cumulative
+from masktrain.types import AudioBatch, Spectrogram, StepKey, cumulative
 
 LENGTHS = st.lists(st.integers(0, 40), max_size=6)
 
@@ -102,3 +102,25 @@ def test_every_position_is_equally_likely() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_dtype_stays(dtype: torch.dtype) -> None:
     assert pad_to(packed([3], dtype=dtype), 5).frames.dtype == dtype
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 30), st.sampled_from([8, 20])), max_size=5))
+def test_silence_follows_the_samples(clips: list[tuple[int, int]]) -> None:
+    """At least 1.25 s each: 10 samples at 8 Hz, 25 at 20 Hz; longer clips stay."""
+    parts = [torch.arange(1.0, n + 1) + 100 * i for i, (n, _) in enumerate(clips)]
+    audio = AudioBatch(
+        samples=torch.cat([torch.empty(0), *parts]),
+        lengths=tuple(n for n, _ in clips),
+        sample_rates=tuple(rate for _, rate in clips),
+        clip_ids=torch.arange(len(clips)),
+        starts=torch.zeros(len(clips), dtype=torch.int64),
+    )
+    out = fill_with_silence(audio, 1.25)
+    wanted = [
+        torch.cat([p, torch.zeros(max(0, {8: 10, 20: 25}[r] - len(p)))])
+        for p, (_, r) in zip(parts, clips, strict=True)
+    ]
+    assert out.lengths == tuple(len(w) for w in wanted)
+    assert torch.equal(out.samples, torch.cat([torch.empty(0), *wanted]))
+    assert out.sample_rates == audio.sample_rates

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from masktrain.errors import ConfigError
 from masktrain.masking.plan import plan_from_ids
-from masktrain.models.mae_ast import MaeAstOutput
-from masktrain.objectives import joint
+from masktrain.models.pretrainer import Prediction
+from masktrain.objectives.joint import JointConfig
+from masktrain.objectives.registry import total
 from masktrain.types import MaskPlan, Spectrogram, TokenGrid, cumulative
 
 GRID = TokenGrid(freq=2, patch_freq=4, patch_time=3, order="time")
@@ -24,7 +25,7 @@ def clip(number: int) -> Tensor:
     return torch.randn(LENGTHS[number], 8, generator=generator, dtype=torch.float64) - 4
 
 
-def case(places: list[int]) -> tuple[Spectrogram, MaskPlan, MaeAstOutput]:
+def case(places: list[int]) -> tuple[Spectrogram, MaskPlan, Prediction]:
     lengths = tuple(LENGTHS[b] for b in places)
     spectrogram = Spectrogram(
         torch.cat([clip(b) for b in places]),
@@ -45,7 +46,7 @@ def case(places: list[int]) -> tuple[Spectrogram, MaskPlan, MaeAstOutput]:
         )
         for side in (1, 2)
     ]
-    return spectrogram, plan, MaeAstOutput(torch.empty(0), torch.empty(0), *heads)
+    return spectrogram, plan, Prediction(torch.empty(0), *heads)
 
 
 def targets(number: int) -> Tensor:
@@ -64,8 +65,8 @@ def targets(number: int) -> Tensor:
 def test_formula(axis: str) -> None:
     places = [0, 1, 2]
     spectrogram, plan, output = case(places)
-    config = joint.JointConfig(info_nce_axis=axis)
-    got = joint.terms(output, spectrogram, plan, MEAN, SCALE, config)
+    config = JointConfig(info_nce_axis=axis)
+    got = config.terms(output, spectrogram, (plan,), MEAN, SCALE)
     squares, nce, start = 0.0, 0.0, 0
     for b, n in zip(places, plan.layout.lengths, strict=True):
         masked = [t for t in range(n) if t not in (b % n, (b + 2) % n)]
@@ -78,24 +79,24 @@ def test_formula(axis: str) -> None:
     assert float(got["mse"].sum) == pytest.approx(squares, rel=1e-12)
     assert float(got["info_nce"].sum) == pytest.approx(nce, rel=1e-12)
     assert {k: t.count for k, t in got.items()} == {"mse": start * 12, "info_nce": start}
-    assert joint.counts(plan, GRID) == {"mse": start * 12, "info_nce": start}
-    total = joint.total(got, joint.counts(plan, GRID))
-    assert float(total) == pytest.approx(10 * squares / (12 * start) + nce / start, rel=1e-12)
+    assert config.counts((plan,), GRID) == {"mse": start * 12, "info_nce": start}
+    loss = total(got, config.counts((plan,), GRID))
+    assert float(loss) == pytest.approx(10 * squares / (12 * start) + nce / start, rel=1e-12)
 
 
 def test_parts_add_up() -> None:
     """Over micro-batches or ranks, with the counts of the whole batch."""
-    config = joint.JointConfig(reconstruction_weight=3.0, info_nce_weight=0.5)
+    config = JointConfig(reconstruction_weight=3.0, info_nce_weight=0.5)
     spectrogram, plan, output = case([0, 1, 2])
-    counts = joint.counts(plan, GRID)
-    whole = joint.total(joint.terms(output, spectrogram, plan, MEAN, SCALE, config), counts)
+    counts = config.counts((plan,), GRID)
+    whole = total(config.terms(output, spectrogram, (plan,), MEAN, SCALE), counts)
     parts = torch.zeros((), dtype=torch.float64)
     summed = dict.fromkeys(counts, 0)
     for places in ([2], [1, 0]):
         spectrogram, plan, output = case(places)
-        for name, number in joint.counts(plan, GRID).items():
+        for name, number in config.counts((plan,), GRID).items():
             summed[name] += number
-        parts += joint.total(joint.terms(output, spectrogram, plan, MEAN, SCALE, config), counts)
+        parts += total(config.terms(output, spectrogram, (plan,), MEAN, SCALE), counts)
     assert summed == counts
     assert float(parts) == pytest.approx(float(whole), rel=1e-12)
 
@@ -106,13 +107,13 @@ def test_per_bin_mean(order: str) -> None:
     mean."""
     grid = TokenGrid(freq=2, patch_freq=4, patch_time=3, order=order)
     bins = torch.linspace(-8, -1, 8, dtype=torch.float64)
-    config = joint.JointConfig()
+    config = JointConfig()
     for noise in (0.0, 1.0):
         wave = noise * torch.tensor([1.0, 0.0, -1.0] * 4, dtype=torch.float64)[:, None]
         frames = bins.expand(12, 8) + wave
         spectrogram = Spectrogram(frames, (12,), cumulative((12,), torch.int64, "cpu"), torch.tensor([0]))
         plan = plan_from_ids(grid.layout(spectrogram), [[0]])
-        got = joint.per_bin_mean_terms(spectrogram, plan, MEAN, SCALE, config)
+        got = config.per_bin_mean_terms(spectrogram, (plan,), MEAN, SCALE)
         each = float(got["mse"].sum) / got["mse"].count
         # values are halved: two thirds of the frames are off by noise / 2
         assert each == pytest.approx(noise**2 / 4 * 2 / 3, abs=1e-12)
@@ -130,4 +131,4 @@ def test_per_bin_mean(order: str) -> None:
 )
 def test_bad_config(change: dict, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        joint.JointConfig(**change)
+        JointConfig(**change)

@@ -15,6 +15,7 @@ import torch
 
 from masktrain.data.order import check_shards
 from masktrain.errors import ConfigError
+from masktrain.models import registry
 from masktrain.recipes import find
 from masktrain.training import optim, precision, schedule
 from masktrain.training.distributed import World, join, pick_device
@@ -66,10 +67,8 @@ def run_steps(
         # matching head for the mel filter that is empty): a larger eps leaves such gradients small
         optim=replace(recipe.optim, eps=1e-4),
     )
-    from masktrain.models.mae_ast import MaeAst
-
     torch.manual_seed(0)
-    net = MaeAst(recipe.model, recipe.grid, recipe.input_norm).to(dtype)
+    net = registry.build(recipe.model, recipe.grid, recipe.input_norm).to(dtype)
     resolved = schedule.resolve(recipe.schedule, STEPS, 1e-3)
     step = Step(
         recipe,

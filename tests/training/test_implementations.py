@@ -21,7 +21,7 @@ from masktrain.kernels.patch_info_nce import op as patch_info_nce
 from masktrain.kernels.philox import op as philox
 from masktrain.kernels.select_tokens import op as select_tokens
 from masktrain.kernels.varlen_attention import op as varlen_attention
-from masktrain.models.mae_ast import MaeAst
+from masktrain.models import registry
 from masktrain.recipes import find
 from masktrain.training import optim, precision, schedule
 from masktrain.training.distributed import World
@@ -54,7 +54,7 @@ def one_step(implementation: str) -> tuple[dict[str, torch.Tensor], tuple[Choice
     model = replace(recipe.model, encoder_layers=1, decoder_layers=1, encoder_layerdrop=0.0, **sizes)
     recipe = replace(recipe, model=model, batch_size=3, optim=replace(recipe.optim, eps=1e-4))
     torch.manual_seed(0)
-    net = MaeAst(recipe.model, recipe.grid, recipe.input_norm).to(DEVICE)
+    net = registry.build(recipe.model, recipe.grid, recipe.input_norm).to(DEVICE)
     optimizer, world = optim.build(net, recipe.optim, 1e-3), World(0, 1, DEVICE, None)
     step = Step(
         recipe,

@@ -42,7 +42,8 @@ def published_adam(
     config: OptimConfig,
     decay: float,
 ) -> list[float]:
-    """The update of one parameter, value by value in Python floats (Kingma & Ba; Loshchilov & Hutter)."""
+    """The update of one parameter, value by value in Python floats (Kingma & Ba; Loshchilov & Hutter, algorithm 2:
+    L2 regularisation in pink, decoupled decay in green)."""
     beta1, beta2 = config.betas
     out, m, v, t = list(weights), [0.0] * len(weights), [0.0] * len(weights), 0
     for grad, lr in zip(grads, lrs, strict=True):
@@ -50,7 +51,10 @@ def published_adam(
             continue
         t += 1
         for i, g in enumerate(grad):
-            out[i] -= lr * decay * out[i]
+            if config.coupled_decay:
+                g = g + decay * out[i]
+            else:
+                out[i] -= lr * decay * out[i]
             m[i] = beta1 * m[i] + (1 - beta1) * g
             v[i] = beta2 * v[i] + (1 - beta2) * g * g
             out[i] -= lr * (m[i] / (1 - beta1**t)) / (math.sqrt(v[i] / (1 - beta2**t)) + config.eps)
@@ -58,10 +62,11 @@ def published_adam(
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6)])
+@pytest.mark.parametrize("coupled", [False, True])
 @pytest.mark.parametrize("decay_all", [True, False])
-def test_the_published_update(dtype: torch.dtype, tolerance: float, decay_all: bool) -> None:
+def test_the_published_update(dtype: torch.dtype, tolerance: float, decay_all: bool, coupled: bool) -> None:
     """Over a changing learning rate, tiny and zero gradients, and a parameter that misses some updates."""
-    config = OptimConfig(**{**MAE_AST, "decay_all": decay_all}, lr=1.0)
+    config = OptimConfig(**{**MAE_AST, "decay_all": decay_all}, coupled_decay=coupled, lr=1.0)
     torch.manual_seed(0)
     model = Model().to(dtype)
     optimizer = build(model, config, 1.0)
@@ -130,10 +135,15 @@ def test_base_learning_rate() -> None:
     assert config.peak_lr(2048) == pytest.approx(1.2e-3, rel=1e-15)
     assert OptimConfig(kind="adamw", lr=3e-4).peak_lr(2048) == 3e-4
     assert "lr 0.0012 (blr 0.00015 x 2048 / 256)" in config.describe(2048)
+    own = OptimConfig(kind="adamw", blr=1.5e-4, blr_clips=128)
+    assert own.peak_lr(512) == pytest.approx(6e-4, rel=1e-15)
+    assert "lr 0.0006 (blr 0.00015 x 512 / 128)" in own.describe(512)
     line = OptimConfig(**MAE_AST, lr=1e-4, clip_norm=10.0).describe(32)
     assert line == (
         "adam: lr 0.0001, betas 0.9 0.98, eps 1e-06, decoupled weight decay 0.01 on all parameters, clip 10"
     )
+    coupled = OptimConfig(kind="adam", lr=1e-4, weight_decay=5e-7, coupled_decay=True, decay_all=True)
+    assert ", coupled weight decay 5e-07 on all parameters, no clipping" in coupled.describe(24)
 
 
 WRONG: list[dict[str, Any]] = [{}, {"lr": 1e-3, "blr": 1e-3}, {"lr": 0.0}, {"lr": -1.0}, {"blr": math.nan}]
@@ -143,13 +153,15 @@ WRONG += [
     {"lr": 1e-3, "betas": (0.9, 1.0)},
     {"lr": 1e-3, "betas": (-0.1, 0.9)},
 ]
-WRONG += [{"lr": 1e-3, "clip_norm": 0.0}]
+WRONG += [{"lr": 1e-3, "clip_norm": 0.0}, {"blr": 1e-3, "blr_clips": 0}]
 
 
 @pytest.mark.parametrize("fields", WRONG, ids=str)
 def test_wrong_options(fields: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="optim"):
         OptimConfig(kind="adam", **fields)
+    with pytest.raises(ConfigError, match="coupled_decay: AdamW"):
+        OptimConfig(kind="adamw", lr=1e-3, coupled_decay=True)
 
 
 # --- clipping ---
@@ -285,5 +297,6 @@ def test_the_guard_compares_schedule_and_optimiser() -> None:
 
 
 def test_fused_update_is_used() -> None:
-    groups = optim.build(Model(), OptimConfig(kind="adam", lr=1e-3), 1e-3).param_groups
-    assert all(group["fused"] for group in groups)
+    for coupled in (False, True):
+        config = OptimConfig(kind="adam", lr=1e-3, coupled_decay=coupled)
+        assert all(group["fused"] for group in optim.build(Model(), config, 1e-3).param_groups)

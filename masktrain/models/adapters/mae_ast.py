@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from masktrain.errors import CheckpointError
+from masktrain.models.adapters.naming import export_named, import_named
 from masktrain.models.mae_ast import MaeAstConfig
 
 IGNORED = (
@@ -66,11 +66,7 @@ def reference_names(name: str) -> tuple[str, ...]:
 
 def export_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a state dict of MaeAst (or its gradients) under the reference's names."""
-    out: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        names = reference_names(name)
-        out.update(zip(names, tensor.chunk(len(names)), strict=True))
-    return out
+    return export_named(state, reference_names)
 
 
 def config_from_state(state: Mapping[str, Tensor], *, heads: int) -> MaeAstConfig:
@@ -110,25 +106,4 @@ def import_state(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> d
 
     Raises CheckpointError naming every key that is missing, unknown (IGNORED apart) or of another shape.
     """
-    out: dict[str, Tensor] = {}
-    used: set[str] = set()
-    problems: list[str] = []
-    for name, tensor in wanted.items():
-        names = reference_names(name)
-        used.update(names)
-        missing = [n for n in names if n not in state]
-        if missing:
-            problems += [f"missing {n}" for n in missing]
-            continue
-        value = torch.cat([state[n] for n in names]) if len(names) > 1 else state[names[0]]
-        if value.shape != tensor.shape:
-            problems.append(f"{', '.join(names)}: shape {tuple(value.shape)}, expected {tuple(tensor.shape)}")
-            continue
-        out[name] = value.to(tensor.dtype)
-    problems += [f"unknown {n}" for n in state if n not in used and n not in IGNORED]
-    if problems:
-        raise CheckpointError(
-            f"weights: {len(problems)} of the names do not fit this model: {'; '.join(problems[:20])}"
-            f"{' ...' if len(problems) > 20 else ''}. Take the model sizes and the patch of the checkpoint."
-        )
-    return out
+    return import_named(state, wanted, reference_names, IGNORED)
