@@ -84,7 +84,9 @@ class Case:
     def resolved(self) -> Recipe:
         """Return the recipe as it is measured."""
         recipe = find(self.recipe, self.size)
-        changes: dict[str, Any] = {"encoder_layerdrop": 0.0} if hasattr(recipe.model, "encoder_layerdrop") else {}
+        changes: dict[str, Any] = (
+            {"encoder_layerdrop": 0.0} if hasattr(recipe.model, "encoder_layerdrop") else {}
+        )
         if self.one_pass:
             changes["passes"] = 1
         return replace(recipe, model=replace(recipe.model, **changes))
@@ -239,7 +241,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES))
+    parser.add_argument(
+        "--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES)
+    )
     parser.add_argument("--rounds", type=int, default=7, help="steps of each side, at least 5")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, help="file of JSON lines to append to")

@@ -59,11 +59,12 @@ def rows(folder: Path) -> list[dict[str, object]]:
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton's interpreter")
 @pytest.mark.slow(covers=["benchmarks", "kernels", "masktrain/training", "masktrain/models"])
+@pytest.mark.timeout(900)
 def test_rehearsal_runs_every_check(tmp_path: Path) -> None:
     named = run("--device", "cpu", "--list", bare=True).stdout.split("\n")
     wanted = {name for name in named if name}
     assert len(wanted) > 100
-    done = run("--device", "cpu", "--out", tmp_path, bare=True)
+    done = run("--device", "cpu", "--out", tmp_path, bare=True, timeout=850)
     found = rows(tmp_path)
     bad = [row for row in found if row["status"] not in ("ok", "cannot run")]
     assert not bad, bad

@@ -101,7 +101,9 @@ class Plain(Side):
         dtype = ours.spectrogram.frames.dtype
         plans, clips = ours.plans(), len(ours.spectrogram.lengths)
         tokens = plans[0].layout.lengths[0]
-        visible, masked = ([_by_clip(getattr(p, n), tokens, clips) for p in plans] for n in ("visible", "masked"))
+        visible, masked = (
+            [_by_clip(getattr(p, n), tokens, clips) for p in plans] for n in ("visible", "masked")
+        )
         time = grid.order == "time"
         patch = (grid.patch_time, grid.patch_freq) if time else (grid.patch_freq, grid.patch_time)
         image = ours.spectrogram.frames.view(clips, frames, -1)

@@ -154,13 +154,14 @@ def _measure(device: torch.device, recipe: str, batch: int, form: str, rehearsal
             attention_dropout=dropout, layers=1 if rehearsal else None, compiled=compiled,
         )  # fmt: skip
         wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else _nothing
-        for _ in range(1 if rehearsal else 3):
-            loss = float(trainer.step().loss)
-        assert loss == loss and abs(loss) < float("inf"), f"the loss is {loss}"
+        for _ in range(0 if rehearsal else 3):
+            trainer.step()
         results, taken = _timed(trainer, wait, 1 if rehearsal else 8)
+        loss = float(results[0].loss)
+        assert loss == loss and abs(loss) < float("inf"), f"the loss is {loss}"
         memory = peak_memory(device) - held
         frontend_s = _seconds(trainer.frontend, wait)
-        busy = _busy(trainer, wait, device)
+        busy = _busy(trainer, wait, device, steps=1 if rehearsal else 2)
     took = sum(taken)
     flops = sum(r.flops for r in results) / took
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -203,12 +204,12 @@ def _seconds(work: Callable[[], object], wait: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def _busy(trainer: Trainer, wait: Callable[[], object], device: torch.device) -> float | None:
-    """Return the share of the time between the first and the last kernel of two steps in which a kernel runs."""
+def _busy(trainer: Trainer, wait: Callable[[], object], device: torch.device, steps: int) -> float | None:
+    """Return the share of the time between the first and the last kernel of the steps in which a kernel runs."""
     activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
     with profile(activities=[activity]) as recorded:
-        trainer.step()
-        trainer.step()
+        for _ in range(steps):
+            trainer.step()
         wait()
     wanted = torch.autograd.DeviceType.CUDA if device.type == "cuda" else torch.autograd.DeviceType.CPU
     spans = sorted(

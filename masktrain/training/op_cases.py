@@ -61,8 +61,16 @@ OPS: dict[str, tuple[ModuleType, str]] = {
 ALL = tuple(OPS)
 REPRESENTATIVES: dict[str, tuple[str, ...]] = {
     "mae_ast_frame": ALL,
-    "mae_ast_patch": ALL,
-    "maskspec": ALL,
+    "mae_ast_patch": ("select_tokens", "block_marks", "mask_gather", "patch_mad", "masked_patch_loss"),
+    "maskspec": (
+        "mask_gather",
+        "patch_mad",
+        "mask_scatter",
+        "masked_patch_loss",
+        "varlen_attention",
+        "resample",
+        "log_mel",
+    ),
     "audiomae": ("log_mel", "window_attention"),
     "msm_mae": (
         "log_mel",

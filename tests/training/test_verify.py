@@ -101,8 +101,8 @@ def test_cases_of_another_form_are_other_cases() -> None:
     for names in (("mae_ast_patch", "maskspec"), ("mae_ast_frame", "ssast_frame")):
         for op in ("mask_gather", "masked_patch_loss", "patch_mad"):
             assert not made[names[0], op] & made[names[1], op]
-    assert not made["mae_ast_patch", "patch_info_nce"] & made["ssast_patch", "patch_info_nce"]
-    front_ends = [made[name, "log_mel"] for name in ("mae_ast_patch", "maskspec", "audiomae", "msm_mae")]
+    assert not made["mae_ast_frame", "patch_info_nce"] & made["ssast_patch", "patch_info_nce"]
+    front_ends = [made[name, "log_mel"] for name in ("mae_ast_frame", "maskspec", "audiomae", "msm_mae")]
     assert len(set.union(*front_ends)) == len(front_ends)
 
 
