@@ -149,7 +149,13 @@ def some_tokens(total: int, share: float) -> Tensor:
 
 
 def mask_gather_cases() -> Iterator[Case]:
-    for clips, share, order in ((64, 0.2, "time"), (64, 0.8, "time"), (64, 0.8, "freq"), (256, 0.5, "time")):
+    for clips, share, order in (
+        (64, 0.2, "time"),
+        (64, 0.8, "time"),
+        (64, 0.8, "freq"),
+        (256, 0.5, "time"),
+        (256, 0.5, "freq"),
+    ):
         yield mask_gather_case(clips, share, order)
 
 
@@ -316,7 +322,7 @@ def weighted_case(clips: int) -> Case:
 
 def loop_of_blocks(clips: int, columns: int, rows: int, wanted: int) -> list[set[int]]:
     """Blocks of side 3 to 5 at random starts until more than `wanted` cells are marked: a loop per clip, a set per
-    clip, as the published code is built."""
+    clip, and the first `wanted` of it as a tensor, as the published code is built."""
     result = []
     for _ in range(clips):
         side = random.choice((3, 4, 5))
@@ -328,18 +334,19 @@ def loop_of_blocks(clips: int, columns: int, rows: int, wanted: int) -> list[set
                     cell = start + rows * i + j
                     if cell < columns * rows:
                         marked.add(cell)
-        result.append(marked)
-    return result
+        result.append(torch.tensor(list(marked)[:wanted]))
+    return torch.stack(result)
 
 
 def block_cases() -> Iterator[Case]:
     for share in (0.25, 0.75):
         for growth in ("wrap", "clipped"):
-            yield block_case(share, growth)
+            for clips in (64, 512):
+                yield block_case(clips, share, growth)
 
 
-def block_case(share: float, growth: str) -> Case:
-    clips, columns, rows = 64, 64, 8
+def block_case(clips: int, share: float, growth: str) -> Case:
+    columns, rows = 64, 8
     n = columns * rows
     wanted = int(n * share)
     cu = torch.arange(clips + 1, dtype=torch.int32) * n

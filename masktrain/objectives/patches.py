@@ -59,9 +59,8 @@ def standardised(patches: Tensor) -> Tensor:
     return (patches - average) / torch.sqrt(variance + EPS)
 
 
-def destandardised(patches: Tensor, targets: Tensor) -> Tensor:
-    """Return patches (M, P) with mean and deviation of the targets (M, P): of standardised(targets), the targets."""
-    variance, average = torch.var_mean(targets, dim=1, keepdim=True)
+def destandardised(patches: Tensor, average: Tensor, variance: Tensor) -> Tensor:
+    """Return patches (M, P) with a mean and a variance (M, 1): standardised(x), with those of x, becomes x."""
     return patches * torch.sqrt(variance + EPS) + average
 
 
@@ -115,9 +114,48 @@ def interpolated(spectrogram: Spectrogram, plan: MaskPlan, mean: Tensor, scale: 
     return masked_patches(torch.cat([frames[:0], *filled]), plan, mean, scale)
 
 
+def visible_levels(
+    spectrogram: Spectrogram, plan: MaskPlan, mean: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return mean and variance (M, 1) of each masked patch as far as what is visible tells them.
+
+    The mean is that of the interpolated patch. The variance is interpolated linearly in time between those of the
+    visible patches of the same mel bins, held at the ends; the mean over all visible patches where a clip shows none
+    of these bins. (The variance of the interpolated patch would be too low: a line between two frames is smoother
+    than the frames between them.) Waits for the device: for evaluation.
+    """
+    layout, grid = plan.layout, plan.layout.grid
+    average = interpolated(spectrogram, plan, mean, scale).mean(1, keepdim=True)
+    seen = mask_gather(
+        spectrogram.frames,
+        layout.cu_frames,
+        layout.cu_tokens,
+        plan.visible,
+        mean=mean,
+        scale=scale,
+        **_grid(grid),
+    ).var(1)
+    tokens = sum(layout.lengths)
+    variance = seen.new_zeros(tokens).index_copy_(0, plan.visible.long(), seen)
+    shown = torch.zeros(tokens, dtype=torch.bool, device=seen.device).index_fill_(
+        0, plan.visible.long(), True
+    )
+    otherwise = (seen.sum() / max(1, len(seen))).expand(grid.freq)
+    parts = [seen[:0]]
+    for values, known, columns in zip(
+        variance.split(list(layout.lengths)), shown.split(list(layout.lengths)), layout.columns, strict=True
+    ):
+        if grid.order == "time":
+            parts.append(_fill(values.view(columns, -1), known.view(columns, -1), otherwise).flatten())
+        else:
+            filled = _fill(values.view(-1, columns).T, known.view(-1, columns).T, otherwise)
+            parts.append(filled.T.flatten())
+    return average, torch.cat(parts).index_select(0, plan.masked.long())[:, None]
+
+
 def _fill(frames: Tensor, visible: Tensor, otherwise: Tensor) -> Tensor:
-    """Return the frames (T, F) of one clip with what is not visible interpolated; `otherwise`: (F,), for bins of
-    which nothing is."""
+    """Return the values (T, F) of one clip, frames or columns, with what is not visible interpolated along T;
+    `otherwise`: (F,), for bins of which nothing is."""
     length = len(frames)
     number = torch.arange(length, device=frames.device)[:, None].expand_as(visible)
     before = torch.where(visible, number, -1).cummax(0).values

@@ -68,8 +68,8 @@ _SOURCES = (
 )
 
 # The size sets model, batch and learning rate together; nothing else changes.
-BATCH_SIZE = {"tiny": 32, "small": 32, "base": 32}
-LEARNING_RATE = {"tiny": 1e-3, "small": 3e-4, "base": 1e-4}
+BATCH_SIZE = {"tiny": 16, "small": 32, "base": 32}
+LEARNING_RATE = {"tiny": 4e-4, "small": 3e-4, "base": 1e-4}
 
 
 def mae_ast_frame(size: str = "base") -> Recipe:
@@ -88,7 +88,7 @@ def mae_ast_frame(size: str = "base") -> Recipe:
             "window: Povey, torchaudio's Kaldi default, since the code names none",
             "info_nce_axis: softmax over the targets of each prediction, as paper and code have it (SSAST's code "
             "takes the other axis)",
-            "batch_size: the code packs by tokens, about 33 clips of 48 kHz or 52 of 16 kHz; 32 here",
+            "batch_size: the code packs by tokens, about 33 clips of 48 kHz or 52 of 16 kHz; 32 at size base",
             "schedule: 550000 updates as the README's commands; the yaml says 400000",
             "weight_decay: decoupled and on every parameter, as fairseq's Adam applies it",
         ),

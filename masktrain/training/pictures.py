@@ -426,8 +426,8 @@ def _draw_error(panel: Axes, name: str, evaluations: Sequence[Validation]) -> No
         shares = [v.error / v.error_bin_mean for v in known if v.error is not None and v.error_bin_mean]
         panel.plot([v.step for v in known], shares, "o-", color=VALIDATION, markersize=3, label="model")
         name = (
-            f"{name}\n{last.error / last.error_bin_mean:.2f} of per-bin mean, "
-            f"{last.error / last.error_interpolation:.2f} of interpolation"
+            f"{name}\n{last.error / last.error_bin_mean:.2f} x per-bin mean, "
+            f"{last.error / last.error_interpolation:.2f} x interpolated"
         )
     panel.set_title(name, parse_math=False)
     panel.set_ylim(0.0, 1.3)  # what a model starts from may lie far above

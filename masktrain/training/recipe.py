@@ -75,7 +75,8 @@ class TrainConfig:
     keep_last: int = 3
     """Checkpoints kept."""
     pictures: int = 4
-    """Held-out clips drawn at the start, the middle and the end; 0 draws no picture at all."""
+    """Held-out clips drawn at the start, the middle and the end: the one with the median error, and others from short
+    to long; 0 draws no picture at all."""
     validation_clips: int | None = None
     """Clips held out of training; None: 2 % of the manifest, from 4 to 256 (none of a manifest under 20 clips)."""
 

@@ -42,8 +42,8 @@ PADDING_WARNING = 0.2
 MAP_PLANS = 512
 ERRORS = ("error", "error_bin_mean", "error_interpolation")
 LEVELS = (
-    "The model predicts patches without level and contrast (norm_pix_loss); both are those of the patch interpolated in "
-    "time from what is visible."
+    "The model predicts patches without level and contrast (norm_pix_loss). Both are interpolated in time from the "
+    "visible patches or, for bins that a clip does not show at all, means over all clips."
 )
 
 

@@ -7,8 +7,8 @@ held-out clips themselves, so that the evaluations of a run can be compared.
 Beside its losses an evaluation has the squared error of the masked values of the normalised log-mel, the same quantity
 for every recipe that reconstructs: of the model, of the per-bin mean and of linear interpolation in time between the
 visible frames. A model whose targets are standardised patch by patch (norm_pix_loss) predicts neither level nor
-contrast of a patch. They are put back from the *interpolated* patch, so that model and interpolation know the same;
-to take those of the true patch, as published viewers do, would tell the model most of the answer.
+contrast of a patch. Both are put back as far as the visible context tells them (`visible_levels`); to take those of the
+true patch, as published viewers do, would tell the model most of the answer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from masktrain.objectives.patches import (
     destandardised,
     interpolated,
     masked_patches,
-    per_bin_mean,
+    visible_levels,
 )
 from masktrain.training.pictures import Reconstruction, Validation, mask_grids
 from masktrain.training.step import Step
@@ -62,17 +62,21 @@ class Validator:
     def _measure_references(self) -> None:
         """Measure the two predictors that no model changes, and keep what brings back standardised patches."""
         standardised = getattr(self.step.objective, "norm_pix_loss", False)
-        self.levels: list[Tensor | None] = []
+        # of all clips: that of a batch would depend on the batch size
+        sums = torch.stack([s.frames.double().sum(0) for s in self.spectrograms]).sum(0)
+        bin_mean = (sums / max(1, sum(len(s.frames) for s in self.spectrograms))).to(self.step.dtype)
+        self.levels: list[tuple[Tensor, Tensor] | None] = []
         self.sums_bin_mean: list[float] = []
         self.sums_interpolation: list[float] = []
         for spectrogram, masks in zip(self.spectrograms, self.plans, strict=True):
             plan = masks[-1]
             targets = masked_patches(spectrogram.frames, plan, self.mean, self.scale)
-            average = per_bin_mean(spectrogram, plan, self.mean, self.scale)
+            average = masked_patches(bin_mean.expand_as(spectrogram.frames), plan, self.mean, self.scale)
             line = interpolated(spectrogram, plan, self.mean, self.scale)
             self.sums_bin_mean += clip_errors(average, targets, plan).tolist()
             self.sums_interpolation += clip_errors(line, targets, plan).tolist()
-            self.levels.append(line if standardised else None)
+            known = visible_levels(spectrogram, plan, self.mean, self.scale) if standardised else None
+            self.levels.append(known)
 
     @torch.no_grad()
     def _baseline(self) -> dict[str, float]:
@@ -102,7 +106,7 @@ class Validator:
             if output.pred_recon is None:
                 continue
             predicted = output.pred_recon.float()
-            predicted = predicted if levels is None else destandardised(predicted, levels)
+            predicted = predicted if levels is None else destandardised(predicted, *levels)
             targets = masked_patches(spectrogram.frames, masks[-1], self.mean, self.scale)
             errors += clip_errors(predicted, targets, masks[-1]).tolist()
             if draw:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from masktrain.masking.plan import plan_from_ids
-from masktrain.objectives.patches import interpolated, masked_patches, seen_cells
+from masktrain.objectives.patches import interpolated, masked_patches, seen_cells, visible_levels
 from masktrain.types import MaskPlan, Order, Spectrogram, TokenGrid, cumulative
 
 MEAN, SCALE = torch.tensor([0.5]).double(), torch.tensor([2.0]).double()
@@ -79,3 +79,33 @@ def test_a_straight_line_is_met_exactly() -> None:
     plan = plan_from_ids(grid.layout(one), [[0, 1, 2, 6, 7, 8]])
     want = masked_patches(line, plan, MEAN, SCALE)
     torch.testing.assert_close(interpolated(one, plan, MEAN, SCALE), want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("order", ["time", "freq"])
+@pytest.mark.parametrize("seed", range(3))
+def test_levels_are_interpolated_between_visible_patches(order: Order, seed: int) -> None:
+    """Against a loop over tokens and numpy's interpolation over columns."""
+    spectrogram, plan = case(order, seed)
+    average, variance = visible_levels(spectrogram, plan, MEAN, SCALE)
+    torch.testing.assert_close(
+        average[:, 0], interpolated(spectrogram, plan, MEAN, SCALE).mean(1), rtol=0, atol=1e-12
+    )
+    grid, visible = plan.layout.grid, set(plan.visible.tolist())
+    known: list[tuple[int, int, int, float]] = []  # clip, row, column, variance
+    wanted: list[tuple[int, int, int]] = []
+    start = 0
+    for clip, (columns, tokens) in enumerate(zip(plan.layout.columns, plan.layout.lengths, strict=True)):
+        for t in range(tokens):
+            column, row = divmod(t, grid.freq) if order == "time" else (t % columns, t // columns)
+            cells = spectrogram.clip(clip)[2 * column : 2 * column + 2, 2 * row : 2 * row + 2]
+            if start + t in visible:
+                known.append((clip, row, column, float(np.var((cells.numpy() - 0.5) * 2, ddof=1))))
+            else:
+                wanted.append((clip, row, column))
+        start += tokens
+    for (clip, row, column), found in zip(wanted, variance[:, 0].tolist(), strict=True):
+        beside = [(c, v) for i, r, c, v in known if (i, r) == (clip, row)]
+        want = np.mean([v for *_, v in known])
+        if beside:
+            want = np.interp(column, [c for c, _ in beside], [v for _, v in beside])
+        assert found == pytest.approx(want, abs=1e-12)

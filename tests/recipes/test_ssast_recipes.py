@@ -81,7 +81,7 @@ def test_optimiser() -> None:
     assert type(built) is torch.optim.Adam
     (group,) = built.param_groups
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (
-        5e-4,
+        1.5e-4,
         (0.95, 0.999),
         1e-8,
         5e-7,

@@ -39,12 +39,13 @@ def check_demo(run: Path, least_steps: int) -> None:
     assert summary["loss_last"] < 0.8 * summary["loss_first"]
     assert summary["loss_last"] < summary["loss_baseline"]
     assert summary["last_mse"] < summary["baseline_mse"]
+    assert summary["error"] < summary["error_bin_mean"]
     for name in ("config.json", "env.json", "metrics.jsonl", "validation.jsonl"):
         assert (run / name).stat().st_size > 0
     drawn = sorted(p.name for p in (run / "pictures").iterdir())
     middle = (len(rows) + 1) // 2
     pictures = [f"reconstruction_{step:08d}.png" for step in (0, middle, len(rows))]
-    assert drawn == sorted(["loss.png", "mask_rate.png", "throughput.png", *pictures])
+    assert drawn == sorted(["error.png", "loss.png", "mask_rate.png", "throughput.png", *pictures])
     assert list((run / "tb").iterdir())
     newest = sorted((run / "checkpoints").iterdir())[-1]
     assert newest.name == f"step_{len(rows):08d}"
@@ -54,7 +55,7 @@ def check_demo(run: Path, least_steps: int) -> None:
 
 @pytest.mark.timeout(400)
 def test_the_demo_learns(tmp_path: Path) -> None:
-    check_demo(run_demo(tmp_path, "--steps", "100", "--seed", "0"), least_steps=100)
+    check_demo(run_demo(tmp_path, "--steps", "200", "--seed", "0"), least_steps=200)
 
 
 @pytest.mark.slow(covers=["masktrain", "kernels", "csrc"])

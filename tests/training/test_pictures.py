@@ -6,10 +6,12 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import struct
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from masktrain.training.pictures import (
     Reconstruction,
     Validation,
     colour_range,
+    error_figure,
     loss_figure,
     mask_grids,
     mask_rate_figure,
@@ -55,7 +58,9 @@ def clip(
     truth = rng.normal(-5, 1.5, (frames, BINS)).astype(np.float32)
     tokens = rng.random((-(-frames // patch[1]), BINS // patch[0])) < 0.75
     masked = np.kron(tokens, np.ones(patch[::-1], bool))[:frames]
-    return Reconstruction(name, truth, truth + rng.normal(0, 1, truth.shape).astype(np.float32), masked, 0.84)
+    return Reconstruction(
+        name, truth, truth + rng.normal(0, 1, truth.shape).astype(np.float32), masked, 0.84, 2.1, 0.9
+    )
 
 
 def panels(figure: Any) -> list[Any]:
@@ -189,7 +194,11 @@ def test_titles_fit_their_column_and_names_are_taken_literally(tmp_path: Path) -
         save(figure, tmp_path / "r.png")
     first, second = panels(figure)[0], panels(figure)[3]
     text = first.get_title(loc="left")
-    assert "MSE 0.84" in text and "\\udcff\\n" not in text[:12] and text.startswith("$\\frac{x$ 日")
+    assert (
+        "\nsquared error 0.84 (interpolated in time 0.9, per-bin mean 2.1)" in text
+        and "\\udcff\\n" not in text[:12]
+        and text.startswith("$\\frac{x$ 日")
+    )
     assert second.get_title(loc="left").startswith("b_{1}^$.wav")
     assert f"{100 * clip(seed=0).masked.mean():.0f} % masked" in text
     with warnings.catch_warnings():
@@ -204,7 +213,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         reconstruction_figure([], mel_axes(), "")
     with pytest.raises(ValueError, match="differ"):
         reconstruction_figure(
-            [Reconstruction("x", one.input[1:], one.prediction, one.masked, 0.0)], mel_axes(), ""
+            [Reconstruction("x", one.input[1:], one.prediction, one.masked, 0.0, 0.0, 0.0)], mel_axes(), ""
         )
     with pytest.raises(ValueError, match="64 bins, 40 centres"):
         reconstruction_figure([one], mel_axes(40), "")
@@ -267,6 +276,19 @@ def test_the_map_shows_the_rates_and_their_numbers(freq: int, patch: tuple[int, 
     save(figure, tmp_path / "map.png")
 
 
+def test_a_strategy_that_neglects_a_row_stands_out_of_the_map() -> None:
+    """The row's share lies outside of what chance makes, and the colours reach as far."""
+    rng = np.random.default_rng(2)
+    rate = MaskRate(4)
+    for _ in range(400):
+        rate.add(rng.random((4, 30)) < np.array([[0.35], [0.75], [0.75], [0.75]]))
+    panel = panels(mask_rate_figure(rate, mel_axes(), 16, 16, ""))[0]
+    found = re.match(r"min ([\d.]+), mean ([\d.]+), .*±([\d.]+) ", panel.get_title(loc="left"))
+    assert found is not None
+    lowest, mean, chance = map(float, found.groups())
+    assert mean - lowest > 3 * chance and panel.images[0].get_clim()[0] == pytest.approx(lowest, abs=1e-3)
+
+
 def test_tokens_that_few_clips_reach_are_left_out_of_the_map() -> None:
     rate = MaskRate(1)
     for index in range(100):
@@ -325,6 +347,34 @@ def test_the_loss_figure_shows_loss_parts_points_baseline_and_rate() -> None:
         assert set(drawn(panel, "per-bin mean as prediction")[1]) == {baseline}
     names = [text.get_text() for text in total.get_legend().get_texts()]
     assert names == ["training", "held-out clips", "per-bin mean as prediction", "learning rate"]
+
+
+def test_the_error_figure_shows_shares_of_the_per_bin_mean() -> None:
+    def run(*errors: float | None) -> list[Validation]:
+        return [Validation(10 * i, 1.0, {}, 1.0, {}, e, 0.5, 0.2) for i, e in enumerate(errors)]
+
+    runs = {f"recipe_{n}": run(0.75, 0.3, 0.1 * n) for n in range(1, 6)}
+    figure = error_figure({**runs, "lost": run(None)}, "learning")
+    shown = [panel for panel in figure.axes if panel.get_visible()]
+    assert len(shown) == 6
+    steps, shares = drawn(shown[1], "model")
+    assert list(steps) == [0, 10, 20]
+    np.testing.assert_allclose(shares, [1.5, 0.6, 0.4])
+    assert set(drawn(shown[1], "interpolated in time")[1]) == {0.4}
+    assert set(drawn(shown[1], "per-bin mean")[1]) == {1.0}
+    assert shown[1].get_title(loc="left") == "recipe_2\n0.40 x per-bin mean, 1.00 x interpolated"
+    assert shown[5].get_title(loc="left") == "lost" and shown[0].get_ylim()[0] == 0
+    for nothing in ({}, {"a": []}):
+        with pytest.raises(ValueError, match="no evaluations"):
+            error_figure(nothing, "")
+
+
+def test_the_median_clip_is_labelled_and_notes_stand_at_the_foot() -> None:
+    labelled = replace(clip(), median_of=68)
+    figure = reconstruction_figure([labelled, clip()], mel_axes(), "", note="of the visible context")
+    titles = [panel.get_title(loc="left") for panel in panels(figure) if panel.get_title(loc="left")]
+    assert titles[0].startswith("median error of 68 clips: a.wav") and titles[1].startswith("a.wav")
+    assert figure._supxlabel.get_text() == "of the visible context"
 
 
 def test_curves_of_rows_with_holes_and_of_one_row(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,8 @@ from masktrain.kernels.mask_gather import mask_gather
 from masktrain.masking.strategies import RandomMasking
 from masktrain.recipes import find
 from masktrain.training.corpus import split
-from masktrain.training.pictures import mask_grids
-from masktrain.training.report import summarise
+from masktrain.training.pictures import Validation, mask_grids
+from masktrain.training.report import ending, held_out_line, is_validation, summarise
 from masktrain.training.validation import assemble, spread
 from masktrain.types import Spectrogram, StepKey, TokenGrid, cumulative
 
@@ -70,8 +71,6 @@ def test_split_is_disjoint_complete_and_fixed(tmp_path: Path) -> None:
     assert len(held_out) == 4 and len(training) == 56
     assert sorted([*training.paths, *held_out.paths]) == sorted(manifest.paths)
     assert list(split(manifest, recipe)[1].paths) == list(held_out.paths)
-    from dataclasses import replace
-
     other = split(manifest, replace(recipe, seed=1))[1]
     assert list(other.paths) != list(held_out.paths)
     with pytest.raises(ConfigError, match="60 of 60"):
@@ -99,3 +98,21 @@ def test_summary_takes_the_means_that_it_names() -> None:
     assert summary["last_mse"] == pytest.approx(3.85) and summary["baseline_mse"] == 0.5
     assert summary["complete"] and summary["peak_memory_gib"] == 40
     assert not summarise(rows[:20], [], 20, 40)["complete"]
+
+
+def test_errors_are_in_the_summary_and_on_the_console() -> None:
+    first = Validation(0, 9.0, {"mse": 0.9}, 5.0, {"mse": 0.5}, 0.9, 0.4, 0.2)
+    last = Validation(40, 2.0, {"mse": 0.1}, 5.0, {"mse": 0.5}, 0.125, 0.4, 0.2)
+    summary = summarise([], [first, last], 40, 40)
+    assert (summary["error"], summary["error_bin_mean"], summary["error_interpolation"]) == (0.125, 0.4, 0.2)
+    words = "squared error of masked cells 0.125, interpolated in time 0.2, per-bin mean 0.4"
+    assert held_out_line(last) == f"held-out clips after 40 steps: loss 2 (per-bin mean 5); {words}"
+    summary |= {"seconds": 1.0, "bad_clips": [], "clip_notes": {}}
+    assert ("error", words) in ending(summary, Path("run"))
+    matching = Validation(40, 2.0, {}, 5.0, {})
+    assert "squared error" not in held_out_line(matching)
+    assert is_validation(asdict(last)) and is_validation(asdict(matching))
+    assert not is_validation({**asdict(last), "error": "0.1"})
+    older = asdict(last)
+    del older["error_interpolation"]
+    assert not is_validation(older)
