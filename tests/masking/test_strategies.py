@@ -222,7 +222,8 @@ def test_registry_and_json(name):
 
 def test_unknown_name():
     with pytest.raises(
-        ConfigError, match=r"'chunks' is not known; allowed: random, chunk, frame, time_frequency\. Did you mean 'chunk'\?"
+        ConfigError,
+        match=r"'chunks' is not known; allowed: random, chunk, frame, time_frequency\. Did you mean 'chunk'\?",
     ):
         strategy("chunks")
 
