@@ -20,7 +20,34 @@ BEGIN, END = "<!-- results: benchmarks/readme_results.py -->", "<!-- end of resu
 
 def section() -> str:
     """Return the section between the markers."""
-    return "\n".join([*learning(), "", *kernels()])
+    return "\n".join([*learning(), "", *steps(), "", *kernels()])
+
+
+def steps() -> list[str]:
+    """Return the table of training steps beside plain transcriptions: the last row of each case."""
+    lines = (RESULTS / "steps.jsonl").read_text().splitlines()
+    rows = {row["case"]: row for row in map(json.loads, lines)}
+    first = next(iter(rows.values()))
+    table = [
+        "| case | clips | threads | ours, ms | plain, ms | faster (p20 to p80) | less memory | FLOPs |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for case, row in rows.items():
+        ratio = row["ratio"]
+        table.append(
+            f"| {case} | {row['clips']} | {row['threads']} | {row['ours_ms']['median']:.0f} | "
+            f"{row['plain_ms']['median']:.0f} | {ratio['median']:.2f}x ({ratio['p20']:.2f} to {ratio['p80']:.2f}) | "
+            f"{row['peak_ratio']:.2f}x | {row['flop_ratio']:.2f}x |"
+        )
+    return [
+        "A whole training step against a plain PyTorch transcription of the same method (embed all, shuffle, gather, "
+        "attention weights as a tensor, every row through every layer; benchmarks/plain), with the same weights, "
+        f"masks, float32, dropout and optimiser, losses equal in the same run: interleaved rounds on "
+        f"{first['device']}, {first['cpus']} cores, torch {first['torch']}, {first['date']}. "
+        "`benchmarks/step_against_plain.py` measures them.",
+        "",
+        *table,
+    ]
 
 
 def learning() -> list[str]:
