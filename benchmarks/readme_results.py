@@ -81,7 +81,7 @@ def learning() -> list[str]:
         "",
     ]
     return [
-        f"Every recipe's `tiny` size, trained on ESC-10 (44.1 kHz Ogg, 5 s) and FSDD (8 kHz WAV, 0.1 to 2.3 s) together "
+        f"The recipes at size `tiny` (variants such as `_6l` and `_small` left out), trained on ESC-10 (44.1 kHz Ogg, 5 s) and FSDD (8 kHz WAV, 0.1 to 2.3 s) together "
         f"with {first['threads']} thread on {first['cpu']}, {first['cores']} cores, torch {first['packages']['torch']}, "
         f"{' to '.join(dates)}; other work was running (load {min(loads):.1f} to {max(loads):.1f}), which the minutes "
         f"show. The error is the mean squared error of the masked values of the normalised log-mel on held-out clips, "
