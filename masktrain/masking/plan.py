@@ -42,6 +42,13 @@ def make_plan(layout: TokenLayout, visible: Tensor, masked: Tensor, n_visible: t
     )
 
 
+def unmasked(layout: TokenLayout) -> MaskPlan:
+    """Return the plan under which every token is visible, as evaluation has it."""
+    total, device = sum(layout.lengths), layout.cu_tokens.device
+    every = torch.arange(total, dtype=torch.int32, device=device)
+    return make_plan(layout, every, every[:0], layout.lengths)
+
+
 def plan_from_ids(layout: TokenLayout, visible: Sequence[Sequence[int]]) -> MaskPlan:
     """Return the plan that keeps the given tokens of each clip and masks all others.
 

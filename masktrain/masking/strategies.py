@@ -17,6 +17,7 @@ from masktrain.errors import ConfigError
 from masktrain.kernels.block_marks import block_marks
 from masktrain.kernels.select_tokens import select_tokens
 from masktrain.masking.plan import cumulative_counts, make_plan, visible_count
+from masktrain.masking.view import View
 from masktrain.types import MaskPlan, StepKey, TokenLayout
 
 
@@ -58,8 +59,8 @@ class RandomMasking:
     def __post_init__(self) -> None:
         _check_ratio(self.mask_ratio)
 
-    def plan(self, layout: TokenLayout, key: StepKey, draw: int = 0) -> MaskPlan:
-        """Return a mask of one batch; the draws of a step are independent."""
+    def plan(self, layout: TokenLayout, key: StepKey, draw: int = 0, view: View | None = None) -> MaskPlan:
+        """Return a mask of one batch; the draws of a step are independent. view: not looked at."""
         if self.shared_in_batch:
             _check_equal_lengths(layout)
         n_visible = tuple(visible_count(n, self.mask_ratio) for n in layout.lengths)
@@ -109,8 +110,8 @@ class ChunkMasking:
         _check_choice("growth", self.growth, ("clipped", "wrap"))
         _check_choice("truncation", self.truncation, ("random", "first"))
 
-    def plan(self, layout: TokenLayout, key: StepKey, draw: int = 0) -> MaskPlan:
-        """Return a mask of one batch; the draws of a step are independent."""
+    def plan(self, layout: TokenLayout, key: StepKey, draw: int = 0, view: View | None = None) -> MaskPlan:
+        """Return a mask of one batch; the draws of a step are independent. view: not looked at."""
         if self.shared_in_batch:
             _check_equal_lengths(layout)
         n_visible = tuple(visible_count(n, self.mask_ratio) for n in layout.lengths)
@@ -157,8 +158,8 @@ class FrameMasking:
     def __post_init__(self) -> None:
         _check_ratio(self.mask_ratio)
 
-    def plan(self, layout: TokenLayout, key: StepKey, draw: int = 0) -> MaskPlan:
-        """Return a mask of one batch; the draws of a step are independent."""
+    def plan(self, layout: TokenLayout, key: StepKey, draw: int = 0, view: View | None = None) -> MaskPlan:
+        """Return a mask of one batch; the draws of a step are independent. view: not looked at."""
         grid, cu_tokens = layout.grid, layout.cu_tokens
         kept_columns = tuple(visible_count(c, self.mask_ratio) for c in layout.columns)
         cu_columns = cumulative_counts(layout.columns, cu_tokens.device)

@@ -14,6 +14,7 @@ import torch
 from masktrain.errors import ConfigError
 from masktrain.kernels.select_tokens import select_tokens
 from masktrain.masking.plan import cumulative_counts, make_plan, visible_count
+from masktrain.masking.view import View
 from masktrain.types import MaskPlan, StepKey, TokenLayout
 
 
@@ -50,8 +51,8 @@ class TimeFrequencyMasking:
         """Share of masked tokens, before the counts are cut to whole columns and rows."""
         return 1 - (1 - self.mask_t_prob) * (1 - self.mask_f_prob)
 
-    def plan(self, layout: TokenLayout, key: StepKey, draw: int = 0) -> MaskPlan:
-        """Return a mask of one batch; the draws of a step are independent."""
+    def plan(self, layout: TokenLayout, key: StepKey, draw: int = 0, view: View | None = None) -> MaskPlan:
+        """Return a mask of one batch; the draws of a step are independent. view: not looked at."""
         grid, cu_tokens = layout.grid, layout.cu_tokens
         clips, device = len(layout.columns), cu_tokens.device
         kept_columns = tuple(visible_count(c, self.mask_t_prob) for c in layout.columns)

@@ -29,7 +29,7 @@ from masktrain.models.positions import (
     sincos_table,
     within_clip,
 )
-from masktrain.models.pretrainer import Leading, Prediction, Pretrainer
+from masktrain.models.pretrainer import EncoderInput, Leading, Prediction, Pretrainer
 from masktrain.models.transformer import STACK_SITES, Stack, StackConfig, linear_init
 from masktrain.models.window_decoder import (
     WindowDecoder,
@@ -225,6 +225,13 @@ class Mae(Pretrainer):
         self, spectrogram: Spectrogram, plan: MaskPlan, mean: Tensor, scale: Tensor, key: StepKey | None
     ) -> Tensor:
         """Return (V + B, embed_dim): see forward."""
+        x, rows, _ = self.encoder_input(spectrogram, plan, mean, scale, key)
+        return self.encoder(x, rows, key)
+
+    def encoder_input(
+        self, spectrogram: Spectrogram, plan: MaskPlan, mean: Tensor, scale: Tensor, key: StepKey | None
+    ) -> EncoderInput:
+        """See Pretrainer."""
         layout = plan.layout
         place = self._leading(layout)
         seen = place.rows(plan.visible, plan.cu_visible, plan.n_visible)
@@ -233,7 +240,7 @@ class Mae(Pretrainer):
         if self.cls_token is not None:
             slots = place.slots(place.clip.index_select(0, plan.visible.long()))
             x = mask_scatter(x, self.cls_token[0], slots.int(), place.leading(plan.cu_visible).int())
-        return self.encoder(x, seen, key)
+        return EncoderInput(x, seen, place.extra)
 
     def decode(
         self, encoder_out: Tensor, plan: MaskPlan, key: StepKey | None, wanted: Tensor | None

@@ -20,7 +20,7 @@ from masktrain.kernels.mask_scatter import mask_scatter
 from masktrain.models.flops import block_values, stack_flops
 from masktrain.models.input_norm import InputNorm, InputNormConfig
 from masktrain.models.positions import Positions, sincos_table
-from masktrain.models.pretrainer import Leading, Prediction, Pretrainer
+from masktrain.models.pretrainer import EncoderInput, Leading, Prediction, Pretrainer
 from masktrain.models.transformer import STACK_SITES, Stack, StackConfig, drop
 from masktrain.types import MaskPlan, Spectrogram, StepKey, TokenGrid
 
@@ -202,13 +202,20 @@ class MaeAst(Pretrainer):
         self, spectrogram: Spectrogram, plan: MaskPlan, mean: Tensor, scale: Tensor, key: StepKey | None
     ) -> Tensor:
         """Return (V, embed_dim) of the visible tokens, ascending."""
+        x, rows, _ = self.encoder_input(spectrogram, plan, mean, scale, key)
+        return self.encoder(x, rows, key)
+
+    def encoder_input(
+        self, spectrogram: Spectrogram, plan: MaskPlan, mean: Tensor, scale: Tensor, key: StepKey | None
+    ) -> EncoderInput:
+        """See Pretrainer."""
         layout = plan.layout
         seen = Leading(layout, 0).rows(plan.visible, plan.cu_visible, plan.n_visible)
         x = self.patch_embed(self.read_patches(spectrogram, layout, plan.visible, mean, scale))
         x = drop(x, self.config.dropout_input, seen, key, SITE_INPUT)
         longest = max(layout.lengths, default=0)
         x = x + self.encoder_positions.at(seen.positions, longest, self.patch_embed.weight.dtype)
-        return self.encoder(x, seen, key)
+        return EncoderInput(x, seen, 0)
 
     def decode(
         self, encoder_out: Tensor, plan: MaskPlan, key: StepKey | None, wanted: Tensor | None

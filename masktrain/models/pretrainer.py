@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from masktrain.kernels.mask_gather import mask_gather
 from masktrain.models.input_norm import InputNorm
 from masktrain.models.positions import clip_of, within_clip
-from masktrain.models.transformer import Rows
+from masktrain.models.transformer import Rows, Stack
 from masktrain.types import MaskPlan, Spectrogram, StepKey, TokenGrid, TokenLayout
 
 
@@ -29,13 +29,30 @@ class Prediction(NamedTuple):
     pred_class: Tensor | None
 
 
+class EncoderInput(NamedTuple):
+    """What the first layer of an encoder reads. x: (R, D), for each clip its leading tokens (class, distillation) and
+    then those that the encoder sees. rows: theirs. leading: how many leading tokens a clip has."""
+
+    x: Tensor
+    rows: Rows
+    leading: int
+
+
+class Encoded(NamedTuple):
+    """One layer's output. tokens: (N, D), packed, in the order of their ids. leading: (B, leading, D)."""
+
+    tokens: Tensor
+    leading: Tensor
+
+
 class Pretrainer(nn.Module):
     """A model of one token grid. config: its own, with `masks` (plans a clip and step: 1, or 2 for two passes) and
-    `may_drop_layers` (a step may leave parameters without a gradient)."""
+    `may_drop_layers` (a step may leave parameters without a gradient). encoder: whose layers `encoded` reads."""
 
     config: Any
     grid: TokenGrid
     input_norm: InputNorm
+    encoder: Stack
 
     def forward(
         self,
@@ -51,6 +68,42 @@ class Pretrainer(nn.Module):
         frames. key: keys dropout and layerdrop in training mode; None, or evaluation mode, drops nothing.
         """
         raise NotImplementedError
+
+    def encoder_input(
+        self, spectrogram: Spectrogram, plan: MaskPlan, mean: Tensor, scale: Tensor, key: StepKey | None
+    ) -> EncoderInput:
+        """Return what the encoder reads under one plan. key: as in forward."""
+        raise NotImplementedError
+
+    def encoded(
+        self, spectrogram: Spectrogram, plan: MaskPlan, mean: Tensor, scale: Tensor, layers: Collection[int]
+    ) -> dict[int, Encoded]:
+        """Return the output of encoder layers, counted from 1, without dropout.
+
+        The last layer's has passed the encoder's final norm, if it has one; layers behind the last asked one are not
+        computed. tokens are those that the encoder reads: the visible ones of `plan`, or all of them in a model that
+        reads mask tokens as well. Raises ValueError for a layer that the encoder does not have.
+        """
+        count = self.encoder.config.layers
+        if not all(1 <= layer <= count for layer in layers):
+            raise ValueError(
+                f"{type(self).__name__}: layers are counted from 1 to {count}, received {sorted(layers)}."
+            )
+        x, rows, leading = self.encoder_input(spectrogram, plan, mean, scale, None)
+        outputs = self.encoder.outputs(x, rows, layers)
+        clips = len(rows.lengths)
+        starts = rows.cu[:-1].long()[:, None] + torch.arange(leading, device=rows.cu.device)
+        is_token = torch.ones(len(x), dtype=torch.bool, device=x.device).index_fill(
+            0, starts.flatten(), False
+        )
+        # the number of tokens follows from counts on the host: no wait for the device
+        tokens = torch.nonzero_static(is_token, size=len(x) - clips * leading).flatten()
+        return {
+            layer: Encoded(
+                out.index_select(0, tokens), out.index_select(0, starts.flatten()).unflatten(0, (clips, -1))
+            )
+            for layer, out in outputs.items()
+        }
 
     def train_flops(self, plans: Sequence[MaskPlan], key: StepKey | None = None) -> int:
         """Return the operations of forward and backward for one batch, as really done. key: of a step whose

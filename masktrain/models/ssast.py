@@ -24,8 +24,8 @@ from masktrain.errors import ConfigError
 from masktrain.models.flops import block_values, stack_flops
 from masktrain.models.input_norm import InputNorm, InputNormConfig
 from masktrain.models.positions import grid_coordinates
-from masktrain.models.pretrainer import Leading, Prediction, Pretrainer
-from masktrain.models.transformer import STACK_SITES, Stack, StackConfig
+from masktrain.models.pretrainer import EncoderInput, Leading, Prediction, Pretrainer
+from masktrain.models.transformer import STACK_SITES, Rows, Stack, StackConfig
 from masktrain.types import MaskPlan, Spectrogram, StepKey, TokenGrid, TokenLayout
 
 LEADING = 2
@@ -148,6 +148,25 @@ class Ssast(Pretrainer):
     ) -> Tensor:
         """Return the output of the encoder under each of the plans: (R, embed_dim), plan by plan, clip by clip, the
         class token, the distillation token and all tokens; with masked_only the masked tokens alone, plan by plan."""
+        x, rows = self._rows_of(spectrogram, plans, mean, scale)
+        if not masked_only:
+            return self.encoder(x, rows, None)
+        layout = plans[0].layout
+        place = Leading(_repeated(layout, len(plans)), LEADING)
+        keep = place.all_slots(_all_ids(layout, [plan.masked for plan in plans]))
+        return self.encoder(x, rows, None, keep)
+
+    def encoder_input(
+        self, spectrogram: Spectrogram, plan: MaskPlan, mean: Tensor, scale: Tensor, key: StepKey | None
+    ) -> EncoderInput:
+        """See Pretrainer: the encoder reads all tokens, the mask token in place of masked ones."""
+        x, rows = self._rows_of(spectrogram, (plan,), mean, scale)
+        return EncoderInput(x, rows, LEADING)
+
+    def _rows_of(
+        self, spectrogram: Spectrogram, plans: tuple[MaskPlan, ...], mean: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Rows]:
+        """Return what the encoder reads under each of the plans, as `encode` returns it, and whose rows these are."""
         layout = plans[0].layout
         self.check_columns(max(layout.columns, default=0))
         visible = _all_ids(layout, [plan.visible for plan in plans])
@@ -171,9 +190,7 @@ class Ssast(Pretrainer):
         x = F.embedding(lookup, table)
         tokens = torch.cat([plan.visible for plan in plans])
         patches = self.patch_embed(self.read_patches(spectrogram, layout, tokens, mean, scale))
-        x = x.index_add(0, place.all_slots(visible), patches.to(x.dtype))
-        keep = place.all_slots(_all_ids(layout, [plan.masked for plan in plans])) if masked_only else None
-        return self.encoder(x, rows, None, keep)
+        return x.index_add(0, place.all_slots(visible), patches.to(x.dtype)), rows
 
     def train_flops(self, plans: Sequence[MaskPlan], key: StepKey | None = None) -> int:
         """See Pretrainer: three times forward, but the patch embedding has no gradient of its input."""

@@ -19,7 +19,7 @@ Layers are dropped on the host, by the word of (seed, step) with stream = base a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -167,6 +167,22 @@ class Stack(nn.Module):
         if keep is not None and not active:
             x = x.index_select(0, keep)
         return self.norm(x) if config.norm == "pre" else x
+
+    def outputs(self, x: Tensor, rows: Rows, layers: Collection[int]) -> dict[int, Tensor]:
+        """Return the (N, width) output of each of the asked layers, counted from 1, without dropout.
+
+        The last layer's has passed the norm at the end of the stack, if there is one; no layer behind the last asked
+        one is computed.
+        """
+        if self.config.norm == "post":
+            x = self.norm(x)
+        found = {}
+        for number in range(1, max(layers, default=0) + 1):
+            x = self.blocks[number - 1](x, rows, None)
+            if number in layers:
+                last = number == self.config.layers
+                found[number] = self.norm(x) if last and self.config.norm == "pre" else x
+        return found
 
     def active(self, key: StepKey | None) -> tuple[int, ...]:
         """Return the layers that run in the step of `key`; all for None."""
