@@ -55,6 +55,7 @@ SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "mt_masked_patch_loss_grad_f32": (None, [_P, _P, _P, *_PATCHES, _INT, _INT]),
     "mt_masked_patch_loss_f64": (None, [_P, _P, _P, *_PATCHES, _INT, _INT]),
     "mt_masked_patch_loss_grad_f64": (None, [_P, _P, _P, *_PATCHES, _INT, _INT]),
+    "mt_ncut_scores": (None, [_P, _P, _P, _P, _I64, _I64, _INT, _INT, _P, _I64, _INT]),
     "mt_patch_mad_f32": (None, [_P, *_PATCHES, _INT]),
     "mt_patch_mad_f64": (None, [_P, *_PATCHES, _INT]),
     "mt_window_attention_f32": (None, [*[_P] * 5, *[_I64] * 5, _INT]),
@@ -69,6 +70,7 @@ SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
         None,
         [_P, _P, _P, _I64, _P, _P, _I64, _INT, _P, _I64, _INT, _INT, _INT, _I64, _INT, _P, _I64, _INT],
     ),
+    "mt_clamped_blocks": (None, [_P, _P, _P, _I64, _P, _P, _I64, _INT, _I64, _I64, _INT, _INT]),
 }
 
 

@@ -237,6 +237,19 @@ void mt_block_marks(uint8_t* marks, const int64_t* cu_tokens, const int64_t* n_m
           clipped != 0, only_first != 0, spare_first != 0, stream, shared != 0, workspace, room, threads);
 }
 
+void mt_clamped_blocks(uint8_t* marks, const int64_t* cu_tokens, const int64_t* blocks, int64_t clips,
+                       const int64_t* counter, const int64_t* clip_ids, int64_t freq, int by_time, int64_t side,
+                       int64_t stream, int shared, int threads) {
+  MT_CALL(clamped_blocks, marks, cu_tokens, blocks, clips, counter, clip_ids, freq, by_time != 0, side, stream,
+          shared != 0, threads);
+}
+
+void mt_ncut_scores(float* scores, uint8_t* foreground, const float* features, const int64_t* cu_tokens, int64_t clips,
+                    int64_t width, int pca, int outliers, float* workspace, int64_t longest, int threads) {
+  MT_CALL(ncut_scores, scores, foreground, features, cu_tokens, clips, width, pca != 0, outliers != 0, workspace, longest,
+          threads);
+}
+
 void mt_window_attention_f32(float* out, const float* qkv, const float* tau, const float* bias, const int32_t* cu,
                              int64_t windows, int64_t rows, int64_t heads, int64_t width, int64_t most, int threads) {
   const WindowRows<float> x = {qkv, tau, bias, cu, windows, rows, heads, width, most};

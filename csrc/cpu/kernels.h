@@ -101,6 +101,11 @@ struct WindowRows {
                    const int64_t* counter, const int64_t* clip_ids, int64_t freq, bool by_time,                       \
                    const int64_t* sides, int64_t n_sides, bool clipped, bool only_first, bool spare_first,            \
                    int64_t stream, bool shared, int64_t* workspace, int64_t room, int threads);                       \
+  void clamped_blocks(uint8_t* marks, const int64_t* cu_tokens, const int64_t* blocks, int64_t clips,                 \
+                      const int64_t* counter, const int64_t* clip_ids, int64_t freq, bool by_time, int64_t side,      \
+                      int64_t stream, bool shared, int threads);                                                      \
+  void ncut_scores(float* scores, uint8_t* foreground, const float* features, const int64_t* cu_tokens, int64_t clips,\
+                   int64_t width, bool pca, bool outliers, float* workspace, int64_t longest, int threads);           \
   void window_attention_f32(float* out, const WindowRows<float>& x, int threads);                                     \
   void window_attention_f64(double* out, const WindowRows<double>& x, int threads);                                   \
   void window_attention_grad_f32(float* grad_qkv, float* grad_tau, float* grad_bias, double* partial,                 \

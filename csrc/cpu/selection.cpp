@@ -260,4 +260,34 @@ void block_marks(uint8_t* marks, const int64_t* cu_tokens, const int64_t* n_mark
   }
 }
 
+void clamped_blocks(uint8_t* marks, const int64_t* cu_tokens, const int64_t* blocks, int64_t clips,
+                    const int64_t* counter, const int64_t* clip_ids, int64_t freq, bool by_time, int64_t side,
+                    int64_t stream, bool shared, int threads) {
+  const uint32_t start_stream = 2 * (uint32_t)stream + 1;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && cu_tokens[clips] > 65536)
+  for (int64_t clip = 0; clip < clips; ++clip) {
+    const int64_t n = cu_tokens[clip + 1] - cu_tokens[clip], columns = n / freq;
+    uint8_t* const to = marks + cu_tokens[clip];
+    if (!n) continue;
+    memset(to, 0, (size_t)n);
+    const Key key = make_key(counter, shared ? 0 : clip_ids[clip], MASK_SHAPE, start_stream);
+    // Rows of the numbering: where they begin and how many cells they have, in the block and in the grid.
+    const int64_t inner = by_time ? freq : columns, outer = by_time ? columns : freq;
+    for (int64_t first = 0; first < blocks[clip]; first += 4 * RUN_BLOCKS) {
+      alignas(64) uint32_t words[4 * RUN_BLOCKS];
+      const int64_t count = smaller_of(blocks[clip] - first, 4 * RUN_BLOCKS);
+      philox_run(words, key, (uint64_t)first / 4, (count + 3) / 4);
+      for (int64_t k = 0; k < count; ++k) {
+        const int64_t centre = (int64_t)((uint64_t)words[k] * (uint64_t)n >> 32);
+        const int64_t column = centre / freq - side / 2, row = centre % freq - side / 2;
+        const int64_t low = by_time ? column : row, left = by_time ? row : column;
+        const int64_t begin = left < 0 ? 0 : left, end = smaller_of(left + side, inner);
+        for (int64_t i = low < 0 ? 0 : low; i < smaller_of(low + side, outer); ++i) {
+          memset(to + i * inner + begin, 1, (size_t)(end - begin));
+        }
+      }
+    }
+  }
+}
+
 }  // namespace MT_LEVEL

@@ -181,6 +181,21 @@ MT_API void mt_block_marks(uint8_t* marks, const int64_t* cu_tokens, const int64
                            const int64_t* sides, int64_t n_sides, int clipped, int only_first, int spare_first,
                            int64_t stream, int shared, int64_t* workspace, int64_t room, int threads);
 
+// As mt_block_marks, of blocks[b] blocks of one side for clip b, however many tokens they cover. Centre k of a clip of n
+// tokens is word k * n / 2^32 of stream 2 s + 1, counted time outer; its block begins side / 2 cells before it and is cut
+// at the grid's edges.
+MT_API void mt_clamped_blocks(uint8_t* marks, const int64_t* cu_tokens, const int64_t* blocks, int64_t clips,
+                              const int64_t* counter, const int64_t* clip_ids, int64_t freq, int by_time, int64_t side,
+                              int64_t stream, int shared, int threads);
+
+// Scores and foreground (1 or 0) of each token for self-guided masking: see kernels/ncut_scores. features: width values
+// for each token. pca: the partition by the principal direction, otherwise by normalised cut. outliers: the rule
+// "s1_code", otherwise "paper". longest: tokens of the longest clip. workspace: threads * (longest * (stride + 22) + 4 *
+// stride) values, stride being the first multiple of 16 above width.
+MT_API void mt_ncut_scores(float* scores, uint8_t* foreground, const float* features, const int64_t* cu_tokens,
+                           int64_t clips, int64_t width, int pca, int outliers, float* workspace, int64_t longest,
+                           int threads);
+
 // Attention inside windows of consecutive rows: window w is rows cu[w] ... cu[w + 1] - 1, at most `most`, of `rows` in
 // all; most is at most MT_LARGEST_WINDOW, width at most MT_LARGEST_HEAD. qkv: rows x 3 x heads x width. Row i of a
 // window weighs its values by softmax over j of q_i k_j / max(|q_i| |k_j|, 1e-6) / max(tau, 0.01) + bias[head][i][j],

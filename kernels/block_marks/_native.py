@@ -19,6 +19,10 @@ _library.define(
     "bool by_time, SymInt[] sides, bool clipped, bool only_first, bool spare_first, bool shared, "
     "SymInt stream) -> Tensor"
 )
+_library.define(
+    "clamped_blocks(SymInt[] n_tokens, SymInt[] blocks, Tensor counter, Tensor clip_ids, SymInt freq, bool by_time, "
+    "SymInt side, bool shared, SymInt stream) -> Tensor"
+)
 
 
 def block_marks(
@@ -102,5 +106,63 @@ def _block_marks(
 @torch.library.register_fake("masktrain::block_marks", lib=_library)
 def _block_marks_fake(
     n_tokens: Sequence[int], n_marked: Sequence[int], counter: Tensor, *_: object
+) -> Tensor:
+    return counter.new_empty(sum(n_tokens), dtype=torch.uint8)
+
+
+def clamped_blocks(
+    cu_tokens: Tensor,
+    n_tokens: tuple[int, ...],
+    blocks: tuple[int, ...],
+    counter: Tensor,
+    clip_ids: Tensor,
+    *,
+    freq: int,
+    order: str,
+    side: int,
+    shared: bool,
+    stream: int,
+) -> Tensor:
+    """See reference.py. The counts say where a clip lies; cu_tokens repeats them and is not read."""
+    return torch.ops.masktrain.clamped_blocks(
+        n_tokens, blocks, counter, clip_ids, freq, order == "time", side, shared, stream
+    )
+
+
+@torch.library.impl(_library, "clamped_blocks", "CPU")
+def _clamped_blocks(
+    n_tokens: Sequence[int],
+    blocks: Sequence[int],
+    counter: Tensor,
+    clip_ids: Tensor,
+    freq: int,
+    by_time: bool,
+    side: int,
+    shared: bool,
+    stream: int,
+) -> Tensor:
+    counter, clip_ids = counter.contiguous(), clip_ids.contiguous()
+    cu_tokens, counts = (array("q", v) for v in ([0, *accumulate(n_tokens)], blocks))
+    out = torch.empty(sum(n_tokens), dtype=torch.uint8)
+    _native.require().mt_clamped_blocks(
+        out.data_ptr(),
+        cu_tokens.buffer_info()[0],
+        counts.buffer_info()[0],
+        len(n_tokens),
+        counter.data_ptr(),
+        clip_ids.data_ptr(),
+        freq,
+        by_time,
+        side,
+        stream,
+        shared,
+        _native.threads(),
+    )
+    return out
+
+
+@torch.library.register_fake("masktrain::clamped_blocks", lib=_library)
+def _clamped_blocks_fake(
+    n_tokens: Sequence[int], blocks: Sequence[int], counter: Tensor, *_: object
 ) -> Tensor:
     return counter.new_empty(sum(n_tokens), dtype=torch.uint8)

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The definition of block_marks in plain PyTorch.
 
-Blocks are placed one after another until enough tokens are marked. A block whose start was drawn before marks
+`block_marks` marks until a count is exceeded. Blocks are placed one after another until enough tokens are marked. A block whose start was drawn before marks
 nothing new, so the order of the FIRST draws of all starts decides everything, and that is a uniform
 permutation: the starts in ascending order of one random key each. The time at which a token is first covered
 is then the smallest key among the starts whose block holds it, and the marks are the tokens covered no later
 than the block that exceeds the count: the same distribution as the loop, for all clips and tokens at once.
+
+`clamped_blocks` marks a given number of blocks. A coordinate that is clamped lands on the border, which the block
+reaches anyway: a clamped block is the block cut at the grid's edges.
 """
 
 from __future__ import annotations
@@ -95,6 +98,45 @@ def block_marks(
     if truncation == "first":
         marks &= marks.cumsum(1) <= wanted
     return _packed(marks.to(torch.uint8), cu_tokens, total)
+
+
+def clamped_blocks(
+    cu_tokens: Tensor,
+    n_tokens: tuple[int, ...],
+    blocks: tuple[int, ...],
+    counter: Tensor,
+    clip_ids: Tensor,
+    *,
+    freq: int,
+    order: str,
+    side: int,
+    shared: bool,
+    stream: int,
+) -> Tensor:
+    """Return the marks of `blocks` blocks per clip: growth "clamped" of op.py."""
+    total, longest, most = sum(n_tokens), max(n_tokens, default=0), max(blocks, default=0)
+    if total == 0 or most == 0:
+        return cu_tokens.new_zeros(total, dtype=torch.uint8)
+    device = cu_tokens.device
+    draw_ids = clip_ids.new_zeros(1) if shared else clip_ids
+    words = philox_words(
+        counter, draw_ids, most, purpose=Purpose.MASK_SHAPE, stream=streams(stream)[1]
+    ).expand(len(n_tokens), -1)
+    n = (cu_tokens[1:] - cu_tokens[:-1]).long()[:, None]
+    # Centres are numbered time outer in both orders, which then have the same blocks.
+    centre = (words * n) >> 32
+    drawn = (torch.arange(most, device=device) < per_clip(blocks, device)).expand_as(centre)
+
+    columns = n // freq
+    reach = torch.arange(side, device=device) - side // 2
+    column = (centre // freq)[:, :, None, None] + reach[:, None]
+    row = (centre % freq)[:, :, None, None] + reach
+    token = column * freq + row if order == "time" else row * columns[:, :, None, None] + column
+    inside = (column >= 0) & (column < columns[:, :, None, None]) & (row >= 0) & (row < freq)
+    # What is cut off goes to a cell past the last.
+    token = torch.where(inside & drawn[:, :, None, None], token, longest).flatten(1)
+    marks = torch.zeros(len(n_tokens), longest + 1, dtype=torch.uint8, device=device).scatter_(1, token, 1)
+    return _packed(marks[:, :longest], cu_tokens, total)
 
 
 def _packed(padded: Tensor, cu_tokens: Tensor, total: int) -> Tensor:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 from masktrain.kernels.philox import Purpose, host_words
 
 
@@ -14,15 +16,22 @@ def crop_length(num_samples: int, sample_rate: int, clip_seconds: float | None) 
     return min(num_samples, max(1, round(clip_seconds * sample_rate)))
 
 
-def crop_start(seed: int, epoch: int, clip_id: int, num_samples: int, length: int) -> int:
-    """Return the first sample of the random crop of a clip in an epoch, uniform over [0, num_samples -
-    length].
+def crop_start(
+    seed: int,
+    epoch: int,
+    clip_id: int,
+    num_samples: int,
+    length: int,
+    column: Fraction = Fraction(1),
+) -> int:
+    """Return the first sample of the random crop of a clip in an epoch, uniform over the multiples of `column`
+    samples in [0, num_samples - length], each rounded down.
 
-    Two 32-bit words make one of 64 bits, w, and the start is (w (num_samples - length + 1)) >> 64: the share
-    of no start differs from another's by more than 2^-64, however long the file.
+    Two 32-bit words make one of 64 bits, w, and with n places the start is that of place (w n) >> 64: the share
+    of no place differs from another's by more than 2^-64, however long the file.
     """
-    places = num_samples - length + 1
+    places = int((num_samples - length) / column) + 1
     if places == 1:
         return 0
     high, low = host_words(seed, epoch, clip_id, 2, purpose=Purpose.CROP)
-    return ((high << 32 | low) * places) >> 64
+    return int(((high << 32 | low) * places >> 64) * column)

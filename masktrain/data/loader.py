@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Protocol
 
 import numpy as np
@@ -88,12 +89,14 @@ def make_loader(
     accumulation: int,
     min_samples: Callable[[int], int],
     pin_memory: bool = False,
+    column: Callable[[int], Fraction] | None = None,
 ) -> tuple[Loader, str]:
     """Return the loader of a rank, and in words which engine serves and why others were passed over.
 
     batch_size: clips of a step over all ranks and their `accumulation` micro-batches. min_samples: the
     shortest input in samples that the front end takes at a sample rate in Hz. pin_memory: put samples into
-    page-locked memory, for copies to a GPU that do not hold up the host.
+    page-locked memory, for copies to a GPU that do not hold up the host. column: the samples at a sample rate in Hz of
+    which a multiple lies before every random crop; None: any number does.
 
     Raises:
         ConfigError: sizes that do not divide, a loader that cannot serve, crops too short for the front end.
@@ -120,7 +123,8 @@ def make_loader(
         raise DataError(f"No clip can be used; the first: {bad.bad()[0]}.")
     workers = default_workers() if config.workers is None else config.workers
     name, reason = choose_loader(config.loader, workers)
-    plan = _Plan(manifest, config, seed, batch_size, rank, world_size, accumulation, least)
+    columns = {rate: Fraction(1) if column is None else column(rate) for rate in least}
+    plan = _Plan(manifest, config, seed, batch_size, rank, world_size, accumulation, least, columns)
     engine = _engine(name, workers)
     return BatchLoader(plan, engine, bad, config.prefetch if workers else 0, pin_memory), reason
 
@@ -185,6 +189,7 @@ class _Plan:
     world_size: int
     accumulation: int
     least: dict[int, int]
+    columns: dict[int, Fraction]
 
     def step(self, step: int) -> list[list[_Draw]]:
         """Return the clips of each micro-batch of this rank."""
@@ -196,7 +201,9 @@ class _Plan:
         """Return a clip with its crop of an epoch."""
         samples, rate = int(self.manifest.num_samples[clip_id]), int(self.manifest.sample_rate[clip_id])
         length = crop_length(samples, rate, self.config.clip_seconds)
-        start = crop_start(self.seed, epoch, clip_id, samples, length) if self.config.crop == "random" else 0
+        start = 0
+        if self.config.crop == "random":
+            start = crop_start(self.seed, epoch, clip_id, samples, length, self.columns[rate])
         return _Draw(
             epoch, clip_id, Crop(self.manifest.path(clip_id), start, length, samples, rate, self.least[rate])
         )

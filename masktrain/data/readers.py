@@ -50,6 +50,9 @@ AUDIO_SUFFIXES = (
 PATH_COLUMNS = ("path", "file_name", "filename", "file", "wav")
 """Names of the path column, in any case; the first of them that a manifest has is taken."""
 
+REPEATED = "entries name a file once more"
+"""Words of the note on files that are named twice."""
+
 _UNREAD_SUFFIXES = (".m4a", ".mp4", ".aac", ".wma", ".webm", ".mka", ".amr")
 _MAX_BYTES = 2**30
 _MAX_LINE = 2**16
@@ -133,7 +136,7 @@ def _duplicates(entries: Entries, first: dict[str, int]) -> Note:
         any(values[i] != values[first[entries.paths[i]]] for values in entries.labels.values()) for i in again
     )
     named = "; ".join(entries.named(i) for i in again[:3])
-    text = f"{len(again)} entries name a file once more; each file is taken once. The first: {named}."
+    text = f"{len(again)} {REPEATED}; each file is taken once. The first: {named}."
     if differing:
         text += (
             f" {differing} of them carry other labels than the first entry of the file; those are not used."

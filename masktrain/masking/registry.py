@@ -4,14 +4,42 @@
 from __future__ import annotations
 
 from masktrain.errors import ConfigError, nearest
+from masktrain.masking.axes import FrequencyMasking, TimeMasking
+from masktrain.masking.dispersion import DispersionMasking
+from masktrain.masking.inverse_block import InverseBlockMasking
+from masktrain.masking.patch_drop import PatchDropMasking
+from masktrain.masking.self_guided import SelfGuidedMasking
 from masktrain.masking.strategies import ChunkMasking, FrameMasking, RandomMasking
 from masktrain.masking.time_frequency import TimeFrequencyMasking
 
-Strategy = RandomMasking | ChunkMasking | FrameMasking | TimeFrequencyMasking
+Strategy = (
+    RandomMasking
+    | FrameMasking
+    | ChunkMasking
+    | TimeMasking
+    | FrequencyMasking
+    | TimeFrequencyMasking
+    | InverseBlockMasking
+    | DispersionMasking
+    | SelfGuidedMasking
+    | PatchDropMasking
+)
 """Any masking strategy: the type of a recipe's `masking` field."""
 
 STRATEGIES: dict[str, type[Strategy]] = {
-    cls.name: cls for cls in (RandomMasking, ChunkMasking, FrameMasking, TimeFrequencyMasking)
+    cls.name: cls
+    for cls in (
+        RandomMasking,
+        FrameMasking,
+        ChunkMasking,
+        TimeMasking,
+        FrequencyMasking,
+        TimeFrequencyMasking,
+        InverseBlockMasking,
+        DispersionMasking,
+        SelfGuidedMasking,
+        PatchDropMasking,
+    )
 }
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from masktrain.errors import ConfigError
 from masktrain.kernels.block_marks import block_marks
@@ -21,7 +22,8 @@ from masktrain.masking.view import View
 from masktrain.types import MaskPlan, StepKey, TokenLayout
 
 
-def _check_ratio(mask_ratio: object) -> None:
+def check_ratio(mask_ratio: object) -> None:
+    """Raise ConfigError unless mask_ratio is a share of the tokens."""
     if not isinstance(mask_ratio, int | float) or not 0 < mask_ratio < 1:
         raise ConfigError(
             f"masking.mask_ratio: the share of masked tokens must lie between 0 and 1, both excluded; "
@@ -29,7 +31,8 @@ def _check_ratio(mask_ratio: object) -> None:
         )
 
 
-def _check_choice(field: str, value: object, allowed: tuple[str, ...]) -> None:
+def check_choice(field: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raise ConfigError unless the value of `field` is one of `allowed`."""
     if value not in allowed:
         raise ConfigError(f"masking.{field}: {value!r} is not known; allowed: {', '.join(allowed)}.")
 
@@ -57,7 +60,7 @@ class RandomMasking:
     shared_in_batch: bool = False
 
     def __post_init__(self) -> None:
-        _check_ratio(self.mask_ratio)
+        check_ratio(self.mask_ratio)
 
     def plan(self, layout: TokenLayout, key: StepKey, draw: int = 0, view: View | None = None) -> MaskPlan:
         """Return a mask of one batch; the draws of a step are independent. view: not looked at."""
@@ -98,7 +101,7 @@ class ChunkMasking:
     shared_in_batch: bool = False
 
     def __post_init__(self) -> None:
-        _check_ratio(self.mask_ratio)
+        check_ratio(self.mask_ratio)
         if not isinstance(self.sides, tuple) or not self.sides:
             raise ConfigError(
                 f"masking.sides: expected at least one side such as (3, 4, 5), received {self.sides!r}."
@@ -107,8 +110,8 @@ class ChunkMasking:
             raise ConfigError(
                 f"masking.sides: sides are whole numbers of at least 1, received {self.sides!r}."
             )
-        _check_choice("growth", self.growth, ("clipped", "wrap"))
-        _check_choice("truncation", self.truncation, ("random", "first"))
+        check_choice("growth", self.growth, ("clipped", "wrap"))
+        check_choice("truncation", self.truncation, ("random", "first"))
 
     def plan(self, layout: TokenLayout, key: StepKey, draw: int = 0, view: View | None = None) -> MaskPlan:
         """Return a mask of one batch; the draws of a step are independent. view: not looked at."""
@@ -156,32 +159,71 @@ class FrameMasking:
     mask_ratio: float = 0.75
 
     def __post_init__(self) -> None:
-        _check_ratio(self.mask_ratio)
+        check_ratio(self.mask_ratio)
 
     def plan(self, layout: TokenLayout, key: StepKey, draw: int = 0, view: View | None = None) -> MaskPlan:
         """Return a mask of one batch; the draws of a step are independent. view: not looked at."""
-        grid, cu_tokens = layout.grid, layout.cu_tokens
-        kept_columns = tuple(visible_count(c, self.mask_ratio) for c in layout.columns)
-        cu_columns = cumulative_counts(layout.columns, cu_tokens.device)
-        _, hidden = select_tokens(
-            cu_columns, layout.columns, kept_columns, key.counter, layout.clip_ids, stream=draw
-        )
-        column_hidden = torch.zeros(sum(layout.columns), dtype=torch.uint8, device=cu_tokens.device)
-        column_hidden[hidden] = 1
+        clip, column, _ = token_places(layout)
+        kept = tuple(visible_count(c, self.mask_ratio) for c in layout.columns)
+        rows = (layout.grid.freq,) * len(layout.columns)
+        return mask_units(layout, key, layout.columns, clip, column, rows, kept, draw)
 
-        token = torch.arange(sum(layout.lengths), dtype=torch.int32, device=cu_tokens.device)
-        clip = torch.searchsorted(cu_tokens, token, right=True) - 1
-        local = token - cu_tokens[clip]
-        first = cu_columns[clip]
-        column = local // grid.freq if grid.order == "time" else local % (cu_columns[clip + 1] - first)
-        n_visible = tuple(grid.freq * c for c in kept_columns)
-        visible, masked = select_tokens(
-            cu_tokens,
-            layout.lengths,
-            n_visible,
-            key.counter,
-            layout.clip_ids,
-            classes=column_hidden[first + column],
-            stream=draw,
-        )
-        return make_plan(layout, visible, masked, n_visible)
+
+def token_places(layout: TokenLayout) -> tuple[Tensor, Tensor, Tensor]:
+    """Return clip (N,) int64, and column and row (N,) int32 in the clip's grid, of each token of the batch."""
+    grid, cu_tokens = layout.grid, layout.cu_tokens
+    token = torch.arange(sum(layout.lengths), dtype=torch.int32, device=cu_tokens.device)
+    clip = torch.searchsorted(cu_tokens, token, right=True) - 1
+    first = cu_tokens[clip]
+    local = token - first
+    if grid.order == "time":
+        return clip, local // grid.freq, local % grid.freq
+    columns = (cu_tokens[clip + 1] - first) // grid.freq
+    return clip, local % columns, local // columns
+
+
+def mask_units(
+    layout: TokenLayout,
+    key: StepKey,
+    n_units: tuple[int, ...],
+    clip: Tensor,
+    unit: Tensor,
+    unit_tokens: tuple[int, ...],
+    kept: tuple[int, ...],
+    stream: int,
+) -> MaskPlan:
+    """Return the plan in which units of tokens are masked together, as columns or rows are.
+
+    n_units, unit_tokens, kept: how many units each clip has, how many tokens each of its units has, and how many units
+    stay visible, drawn uniformly. clip, unit: (N,) the clip of each token, and its unit, counted from 0 in the
+    clip. stream: of the draw.
+    """
+    cu_tokens = layout.cu_tokens
+    cu_units = cumulative_counts(n_units, cu_tokens.device)
+    _, hidden = select_tokens(cu_units, n_units, kept, key.counter, layout.clip_ids, stream=stream)
+    unit_hidden = torch.zeros(sum(n_units), dtype=torch.uint8, device=cu_tokens.device)
+    unit_hidden[hidden] = 1
+    return plan_of_hidden(
+        layout,
+        key,
+        unit_hidden[cu_units[clip] + unit],
+        tuple(k * t for k, t in zip(kept, unit_tokens, strict=True)),
+        stream,
+    )
+
+
+def plan_of_hidden(
+    layout: TokenLayout, key: StepKey, hidden: Tensor, n_visible: tuple[int, ...], stream: int
+) -> MaskPlan:
+    """Return the plan of n_visible tokens of each clip, at first of those that are not hidden; among equals the choice
+    is uniform. hidden: (N,) uint8, 1 or 0. stream: of the draw."""
+    visible, masked = select_tokens(
+        layout.cu_tokens,
+        layout.lengths,
+        n_visible,
+        key.counter,
+        layout.clip_ids,
+        classes=hidden,
+        stream=stream,
+    )
+    return make_plan(layout, visible, masked, n_visible)

@@ -13,7 +13,8 @@ import torch
 
 from masktrain.errors import ConfigError
 from masktrain.kernels.select_tokens import select_tokens
-from masktrain.masking.plan import cumulative_counts, make_plan, visible_count
+from masktrain.masking.plan import cumulative_counts, visible_count
+from masktrain.masking.strategies import plan_of_hidden, token_places
 from masktrain.masking.view import View
 from masktrain.types import MaskPlan, StepKey, TokenLayout
 
@@ -64,26 +65,10 @@ class TimeFrequencyMasking:
             cu_rows, (grid.freq,) * clips, (kept_rows,) * clips, layout, key, 2 * draw + 1
         )
 
-        token = torch.arange(sum(layout.lengths), dtype=torch.int32, device=device)
-        clip = torch.searchsorted(cu_tokens, token, right=True) - 1
-        local = token - cu_tokens[clip]
-        first = cu_columns[clip]
-        inner = grid.freq if grid.order == "time" else cu_columns[clip + 1] - first
-        outer_number, inner_number = local // inner, local % inner
-        by_time = grid.order == "time"
-        column, row = (outer_number, inner_number) if by_time else (inner_number, outer_number)
-        hidden = column_hidden[first + column] | row_hidden[clip * grid.freq + row]
+        clip, column, row = token_places(layout)
+        hidden = column_hidden[cu_columns[clip] + column] | row_hidden[clip * grid.freq + row]
         n_visible = tuple(kept_rows * c for c in kept_columns)
-        visible, masked = select_tokens(
-            cu_tokens,
-            layout.lengths,
-            n_visible,
-            key.counter,
-            layout.clip_ids,
-            classes=hidden,
-            stream=2 * draw,
-        )
-        return make_plan(layout, visible, masked, n_visible)
+        return plan_of_hidden(layout, key, hidden, n_visible, 2 * draw)
 
     def _hidden(
         self,

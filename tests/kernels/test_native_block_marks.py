@@ -21,9 +21,10 @@ pytestmark = pytest.mark.skipif(_native.cpu() is None, reason="no native library
 COUNTER = torch.tensor([0x1234_5678_9ABC, 3])
 
 
-def both(n_tokens: list[int], n_marked: list[int], **options: Any) -> tuple[Tensor, Tensor]:
+def both(n_tokens: list[int], n_marked: list[int] | None, **options: Any) -> tuple[Tensor, Tensor]:
     cu = torch.tensor([0, *accumulate(n_tokens)], dtype=torch.int32)
-    arguments = (cu, tuple(n_tokens), tuple(n_marked), COUNTER, torch.arange(len(n_tokens)) * 12_345_678_901)
+    marked = None if n_marked is None else tuple(n_marked)
+    arguments = (cu, tuple(n_tokens), marked, COUNTER, torch.arange(len(n_tokens)) * 12_345_678_901)
     with poisoned_memory():
         native = block_marks(*arguments, **options, implementation="native")
     return native, block_marks(*arguments, **options, implementation="reference")
@@ -92,6 +93,42 @@ def test_nothing(n_tokens: list[int]) -> None:
     assert_equal(both(n_tokens, n_tokens, freq=8, order="time"))
 
 
+@given(
+    st.integers(1, 9),
+    st.lists(st.tuples(st.integers(0, 20), st.integers(0, 12)), max_size=5),
+    st.integers(1, 12),
+    st.sampled_from(["time", "freq"]),
+)
+@settings(max_examples=200, deadline=None)
+def test_clamped_equals_the_reference(freq: int, clips: list[tuple[int, int]], side: int, order: str) -> None:
+    n_tokens, blocks = [freq * columns for columns, _ in clips], tuple(k for _, k in clips)
+    assert_equal(both(n_tokens, None, freq=freq, order=order, growth="clamped", blocks=blocks, sides=(side,)))
+
+
+@pytest.mark.parametrize("order", ["time", "freq"])
+def test_clamped_by_every_instruction_set(order: str, level: int) -> None:
+    """More centres than words are made at a time, too."""
+    n_tokens = [8, 24_000, 0, 496, 512]
+    options = {"freq": 8, "order": order, "growth": "clamped", "blocks": (0, 700, 3, 5, 513)}
+    for side in (1, 5, 40):
+        assert_equal(both(n_tokens, None, sides=(side,), **options))
+
+
+def test_clamped_threads(threads: int) -> None:
+    blocks = (5,) * 150 + (2,)
+    assert_equal(
+        both([512] * 150 + [8], None, freq=8, order="time", growth="clamped", blocks=blocks, sides=(5,))
+    )
+
+
+@pytest.mark.parametrize("n_tokens", [[], [0], [0, 0]])
+def test_clamped_nothing(n_tokens: list[int]) -> None:
+    options = {"freq": 8, "order": "time", "growth": "clamped", "sides": (5,)}
+    assert_equal(both(n_tokens, None, blocks=(2,) * len(n_tokens), **options))
+
+
 def test_opcheck() -> None:
     arguments = ((8, 16), (3, 4), COUNTER, torch.arange(2), 4, True, (2, 3), True, False, False, False, 1)
     torch.library.opcheck(torch.ops.masktrain.block_marks.default, arguments)
+    arguments = ((8, 16), (3, 4), COUNTER, torch.arange(2), 4, True, 3, False, 1)
+    torch.library.opcheck(torch.ops.masktrain.clamped_blocks.default, arguments)

@@ -126,6 +126,40 @@ def test_marks_at_the_edges(growth: str) -> None:
     assert_marks_the_same((1,) * 5, (0, 1, 0, 1, 1), **options | {"freq": 1})
 
 
+def assert_clamped_the_same(
+    n_tokens: tuple[int, ...], blocks: tuple[int, ...], seed: int = 0, **options
+) -> None:
+    cu, _, _, key, ids = arguments(n_tokens, blocks, seed)
+    options = {"growth": "clamped", "blocks": blocks, **options}
+    with poisoned_memory():
+        ours = block_marks(cu, n_tokens, None, key, ids, **options, implementation="triton")
+    assert ours.dtype == torch.uint8
+    expected = block_marks(cu, n_tokens, None, key, ids, **options, implementation="reference")
+    assert torch.equal(ours, expected)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.integers(0, 6)), min_size=1, max_size=4),
+    st.sampled_from(["time", "freq"]),
+    st.sampled_from([1, 2, 5, 9]),
+    st.integers(0, 2**20),
+)
+def test_clamped_marks_what_the_reference_marks(clips, order: str, side: int, seed: int) -> None:
+    n_tokens, blocks = tuple(4 * n for n, _ in clips), tuple(k for _, k in clips)
+    assert_clamped_the_same(n_tokens, blocks, seed, freq=4, order=order, sides=(side,))
+
+
+def test_clamped_marks_at_the_edges() -> None:
+    options = {"freq": 8, "order": "time", "sides": (5,)}
+    assert_clamped_the_same((), (), **options)
+    assert_clamped_the_same((0, 0), (2, 2), **options)
+    assert_clamped_the_same((8, 8), (0, 0), **options)
+    assert_clamped_the_same((512, 512), (5, 5), shared=True, **options)
+    assert_clamped_the_same((1600, 2400), (5, 9), **options)
+    assert_clamped_the_same((1,) * 5, (0, 1, 0, 1, 1), **options | {"freq": 1})
+
+
 def test_compiled_step_selects_anew_each_step_without_recompiling() -> None:
     cu, n_tokens, n_visible, _, ids = arguments((12, 8), (4, 3))
 
@@ -155,6 +189,9 @@ def test_opcheck() -> None:
     torch.library.opcheck(
         ops.block_marks_triton.default,
         (cu, n_tokens, counts, key, ids, 4, True, (2, 3), False, False, False, False, 1),
+    )
+    torch.library.opcheck(
+        ops.clamped_blocks_triton.default, (cu, n_tokens, counts, key, ids, 4, True, 3, False, 1)
     )
 
 
