@@ -107,7 +107,7 @@ def _find_modules(rehearsal: bool) -> None:
 
 def _checks(device: object, rehearsal: bool) -> list[Check]:
     import torch
-    from suite import golden, properties, steps
+    from suite import golden, masking, properties, steps
     from suite.harness import Check
     from suite.kernels import Kernels
 
@@ -123,6 +123,7 @@ def _checks(device: object, rehearsal: bool) -> list[Check]:
         *golden.checks(device, folder),
         kernels.calibration(),
         *steps.checks(device, rehearsal=rehearsal, variants=False),
+        *masking.checks(device, rehearsal=rehearsal),
         *kernels.bench(),
         *steps.checks(device, rehearsal=rehearsal, variants=True),
     ]

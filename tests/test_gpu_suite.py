@@ -83,6 +83,7 @@ def test_no_row_is_missing() -> None:
         for form in ("native attention", "triton attention", "native attention, compiled"):
             assert {f"step {name} {batch} no attention dropout, {form}" for name in distinct()} <= names
     assert {f"bench {op}" for op in OPS} <= names
+    assert {f"bench masking {name}" for name in ("mae_ast_patch", "maskspec", "msm_mae", "audiomae")} <= names
     assert {f"property step equals the CPU {name}" for name in distinct()} <= names
     for name in REPRESENTATIVES:
         rows_of = {row for row in names if row.startswith("verify") and row.endswith(f" {name} tiny")}

@@ -88,7 +88,7 @@ def _plans(device: torch.device, clips: int, frames: int | None) -> Row:
     for name in distinct():
         problem = Problem(find(name, "tiny"), device, clips, frames)
         for draw in range(problem.recipe.model.masks):
-            ours = problem.recipe.masking.plan(problem.layout, problem.key, draw)
+            ours = problem.recipe.masking.plan(problem.layout, problem.key, draw, problem.view)
             wanted = problem.reference_plan(draw)
             for field in ("visible", "masked", "cu_visible", "cu_masked"):
                 differs = f"{name}, mask {draw}: {field} differs"

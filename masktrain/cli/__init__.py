@@ -19,13 +19,16 @@ COMMANDS = {
     "run": ("run", "pretrain a recipe: masktrain run --recipe mae_ast_frame [--data clips.csv]"),
     "recipes": ("recipes", "list, show NAME, diff A B"),
     "data": ("data", "index, stats, demo"),
+    "embed": ("embed", "embeddings of audio files: masktrain embed --checkpoint RUN a.wav -o out.npz"),
     "import": ("import_", "published weights into a checkpoint: masktrain import FILE --as RECIPE"),
     "export": ("export", "a checkpoint under the reference's names, or its encoder as timm's ViT"),
     "doctor": (
         "doctor",
         "which kernels, attention and data path serve here, and why; --verify proves the kernels",
     ),
-    "bench": ("bench", "kernels, attention: how fast each op is here"),
+    "evaluate": ("evaluate", "what an encoder knows: evaluate linear --checkpoint RUN --data M.csv"),
+    "mask": ("mask", "what each strategy masks in a clip: masktrain mask show clip.wav -o masks.png"),
+    "bench": ("bench", "kernels, attention, masking: how fast each op is here, what masking costs"),
 }
 
 

@@ -273,15 +273,15 @@ def _last(flag: str) -> str:
 # --- reports ---
 
 
-def check_writable(path: Path) -> None:
-    """Raise ConfigError where --json could not be written: before the work, not after it."""
+def check_writable(path: Path, flag: str = "--json") -> None:
+    """Raise ConfigError where the file of an option could not be written: before the work, not after it."""
     try:
         if path.is_dir():
             raise IsADirectoryError(0, "is a folder")
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise _unwritable(path, error, flag) from error
 
 
 def write_json(path: Path | None, report: Any) -> None:
@@ -300,7 +300,7 @@ def write_json(path: Path | None, report: Any) -> None:
         raise _unwritable(path, error) from error
 
 
-def _unwritable(path: Path, error: OSError) -> ConfigError:
+def _unwritable(path: Path, error: OSError, flag: str = "--json") -> ConfigError:
     return ConfigError(
-        f"--json {path}: cannot be written ({error.strerror or error}). Name a file in a folder that can be."
+        f"{flag} {path}: cannot be written ({error.strerror or error}). Name a file in a folder that can be."
     )

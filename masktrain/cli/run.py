@@ -17,12 +17,12 @@ from masktrain.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from masktrain.training.recipe import Recipe
-    from masktrain.training.run_spec import RunSpec
+    from masktrain.training.run_spec import ProbeSpec, RunSpec
 
 # Without data and without a GPU: about two minutes on two cores. With a GPU the demo corpus is soon learned as well.
 DEMO_STEPS = {"cpu": 160, "cuda": 1000}
 # far above any use, and far below what would fill the memory before the first step
-MOST = {"steps": 10**9, "batch_size": 10**6, "checkpoint_every": 10**9}
+MOST = {"steps": 10**9, "batch_size": 10**6, "checkpoint_every": 10**9, "probe_every": 10**9}
 # options that are short for a field of the recipe
 SHORT_FOR = {"loader": "data", "precision": "train", "checkpoint_every": "train"}
 
@@ -50,7 +50,9 @@ class Options:
     size: Literal["tiny", "small", "base"] | None = None
     """Named size of model, batch and learning rate."""
     masking: str | None = None
-    """Another masking strategy on this recipe: random, chunk, frame."""
+    """Another masking strategy on this recipe, with the share of masked tokens of the recipe where it has one: random,
+    frame, chunk, time, frequency, time_frequency, inverse_block, dispersion, self_guided, patch_drop. The fields of the
+    strategy are options as well: --masking.rule s1_code, --masking.hint.gamma 4."""
     loader: Literal["auto", "dali", "soundfile"] | None = None
     """What decodes the audio."""
     device: str | None = None
@@ -61,6 +63,15 @@ class Options:
     """Seed of every random choice."""
     checkpoint_every: int | None = None
     """Steps between checkpoints."""
+    probe_data: Path | None = None
+    """Labelled clips with folds or splits (CSV): what the features tell of their classes is shown during the run."""
+    probe_label: str | None = None
+    """Column of the labels of --probe-data; default: the one that looks like it."""
+    probe_every: int | None = None
+    """Steps between two readings of the probe; default a tenth of the run."""
+    probe: Literal["knn", "linear", "off"] | None = None
+    """What classifies them: nearest neighbours (the default) or a linear classifier. It never selects a checkpoint. off,
+    with --resume, goes on without."""
     resume: Path | None = None
     """Continue the run in this folder: the same run, nothing else may differ."""
     init_from: Path | None = None
@@ -85,7 +96,12 @@ def main(arguments: list[str]) -> None:
     from masktrain.training.trainer import train
 
     spec = _resumed(options, rest) if options.resume else _fresh(options, rest)
-    train(spec, options.json)
+    monitor = None
+    if spec.probe is not None:
+        from masktrain.evaluation.monitor import probe_monitor
+
+        monitor = probe_monitor(spec.probe)
+    train(spec, options.json, monitor)
 
 
 def _fresh(options: Options, rest: list[str]) -> RunSpec:
@@ -121,22 +137,34 @@ def _fresh(options: Options, rest: list[str]) -> RunSpec:
         init_from=options.init_from.absolute() if options.init_from else None,
         resume=False,
         notes=tuple(notes),
+        probe=_probe(options),
     )
+
+
+def _probe(options: Options) -> ProbeSpec | None:
+    from masktrain.training.run_spec import ProbeSpec
+
+    if options.probe_data is None:
+        for name in ("probe_label", "probe_every", "probe"):
+            if getattr(options, name) not in (None, "off"):
+                raise ConfigError(
+                    f"--{name.replace('_', '-')}: says how --probe-data is read; name that too."
+                )
+        return None
+    if options.probe == "off":
+        raise ConfigError("--probe off: reads no --probe-data; leave one of them out.")
+    data = options.probe_data.absolute()
+    return ProbeSpec(data, options.probe_label, options.probe_every, options.probe or "knn")
 
 
 def _adjusted(recipe: Recipe, options: Options, rest: list[str]) -> Recipe:
     """Apply the masking strategy, whose fields may be overridden, the dotted overrides, then the named options."""
     from masktrain.masking.registry import strategy
-    from masktrain.masking.time_frequency import TimeFrequencyMasking
+    from masktrain.training import masking_fit
     from masktrain.training.run_spec import check_numbers
 
     if options.masking is not None and options.masking != type(recipe.masking).name:
-        cls = strategy(options.masking)
-        # two shares do not follow from one: that strategy begins with its own
-        masking = (
-            cls() if issubclass(cls, TimeFrequencyMasking) else cls(mask_ratio=recipe.masking.mask_ratio)
-        )
-        recipe = replace(recipe, masking=masking)
+        recipe = masking_fit.put(recipe, strategy(options.masking))
     for name, group in SHORT_FOR.items():
         short, long = (f"--{part}{name.replace('_', '-')}" for part in ("", f"{group}."))
         if getattr(options, name) is not None and any(a.replace("_", "-").startswith(long) for a in rest):
@@ -170,14 +198,20 @@ def _resumed(options: Options, rest: list[str]) -> RunSpec:
         "resume",
         "json",
     }
-    asked = {
+    probe = stored.probe
+    asked: dict[str, tuple[Any, Any]] = {
         "recipe": (stored.recipe.name, options.recipe),
         "size": (stored.recipe.size, options.size),
         "data": (tuple(map(str, stored.data)), tuple(str(p.absolute()) for p in options.data)),
         "out": (str(stored.out), str(options.out.absolute()) if options.out else None),
         "device": (stored.device, options.device),
         "init_from": (str(stored.init_from), str(options.init_from)),
+        "probe_data": (probe and probe.data, options.probe_data and options.probe_data.absolute()),
+        "probe_label": (probe and probe.label, options.probe_label),
+        "probe_every": (probe and probe.every, options.probe_every),
     }
+    if options.probe != "off":
+        asked["probe"] = (probe and probe.kind, options.probe)
     for name, (old, new) in asked.items():
         if name in given and old != new:
             clashes.append((name, old, new))
@@ -191,4 +225,4 @@ def _resumed(options: Options, rest: list[str]) -> RunSpec:
             f"--resume {options.resume}: nothing else may differ from the run. {listed}. "
             "Leave these options out, or start a new run with --out (and --init-from for its weights)."
         )
-    return replace(stored, recipe=adjusted)
+    return replace(stored, recipe=adjusted, probe=None if options.probe == "off" else probe)

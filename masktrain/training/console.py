@@ -240,13 +240,19 @@ def _fit(fields: list[tuple[int, str]], width: int) -> list[tuple[int, str]]:
 
 
 def bar_fields(row: Mapping[str, Any]) -> list[tuple[int, str]]:
-    """Return (rank, text) for the bar, most important rank lowest: loss, clips/s, data wait, ETA."""
-    return _present(
-        (0, "loss", row.get("loss"), number),
+    """Return (rank, text) for the bar, most important rank lowest: loss, last probe, clips/s, data wait, ETA."""
+    fields = _present((0, "loss", row.get("loss"), number))
+    fields += _probe(row)
+    return fields + _present(
         (2, "clips/s", row.get("clips_per_s"), number),
         (3, "wait", row.get("data_wait_share"), percent),
         (1, "ETA", row.get("eta_s"), duration),
     )
+
+
+def _probe(row: Mapping[str, Any]) -> list[tuple[int, str]]:
+    """Return the field of the last reading of a probe, which comes as text."""
+    return [(2, row["probe"])] if row.get("probe") else []
 
 
 def line_fields(row: Mapping[str, Any]) -> list[tuple[int, str]]:
@@ -260,6 +266,7 @@ def line_fields(row: Mapping[str, Any]) -> list[tuple[int, str]]:
     fields = _present((0, "loss", row.get("loss"), number))
     if shown:
         fields.append((4, f"({shown})"))
+    fields += _probe(row)
     fields += _present(
         (5, "grad", row.get("grad_norm"), number),
         (6, "lr", row.get("lr"), "{:.2e}".format),

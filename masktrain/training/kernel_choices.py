@@ -12,6 +12,7 @@ from masktrain.kernels.dropout import dropout
 from masktrain.kernels.mask_gather import mask_gather
 from masktrain.kernels.mask_scatter import mask_scatter
 from masktrain.kernels.masked_patch_loss import masked_patch_loss
+from masktrain.kernels.ncut_scores import ncut_scores
 from masktrain.kernels.patch_info_nce import patch_info_nce
 from masktrain.kernels.patch_mad import patch_mad
 from masktrain.kernels.philox import Purpose, philox_words
@@ -46,6 +47,7 @@ def _call_each(device: torch.device) -> None:
     scores = patch_mad(frames, cu_frames, cu, (4,), **patches)
     visible, masked = select_tokens(cu, (4,), (2,), counter, ids, scores=scores)
     tokens = mask_gather(frames, cu_frames, cu, visible, **patches)
+    ncut_scores(tokens, cumulative(0, 2), (2,))
     rows = torch.zeros(2, dtype=torch.int64, device=device)
     dropout(tokens, 0.5, counter, rows, rows, site=0)
     wide = torch.zeros(2, 1 << 15, device=device)  # of as many values as a step has

@@ -126,10 +126,16 @@ _HIDDEN = ("step", "clip_ids")
 
 
 def tag(name: str) -> str:
-    """Return the TensorBoard tag of a name of a row: loss_mse -> loss/mse, val_loss -> validation/loss."""
+    """Return the TensorBoard tag of a name of a row: loss_mse -> loss/mse, val_loss -> validation/loss, probe_knn_accuracy
+    -> probe/knn_accuracy."""
     if name in _GROUPS:
         return f"{_GROUPS[name]}/{name}"
-    for prefix, group in (("loss_", "loss"), ("val_", "validation"), ("baseline_", "baseline")):
+    for prefix, group in (
+        ("loss_", "loss"),
+        ("val_", "validation"),
+        ("baseline_", "baseline"),
+        ("probe_", "probe"),
+    ):
         if name.startswith(prefix):
             return f"{group}/{name.removeprefix(prefix)}"
     return f"speed/{name}"

@@ -145,6 +145,11 @@ class Meter:
             self._start += took
             self.paused_seconds += took
 
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the start of the run."""
+        return self._clock() - self._origin
+
     def row(self, step: int) -> Row:
         """Return the row of step `step` (steps done, from 1) and start the next interval.
 

@@ -24,6 +24,7 @@ import masktrain.kernels.log_mel.op as log_mel
 import masktrain.kernels.mask_gather.op as mask_gather
 import masktrain.kernels.mask_scatter.op as mask_scatter
 import masktrain.kernels.masked_patch_loss.op as masked_patch_loss
+import masktrain.kernels.ncut_scores.op as ncut_scores
 import masktrain.kernels.patch_info_nce.op as patch_info_nce
 import masktrain.kernels.patch_mad.op as patch_mad
 import masktrain.kernels.philox.op as philox
@@ -33,7 +34,9 @@ import masktrain.kernels.varlen_attention.op as varlen_attention
 import masktrain.kernels.window_attention.op as window_attention
 from masktrain.kernels._dispatch import ENV, Implementation
 from masktrain.kernels.philox import Purpose
+from masktrain.masking.inverse_block import InverseBlockMasking
 from masktrain.masking.strategies import ChunkMasking
+from masktrain.masking.view import View
 from masktrain.models.mae import MaeConfig
 from masktrain.models.ssast import LEADING, SsastConfig
 from masktrain.models.window_decoder import WINDOW, Windows, window_columns, window_rows
@@ -48,6 +51,7 @@ OPS: dict[str, tuple[ModuleType, str]] = {
     "block_marks": (block_marks, "IMPLEMENTATIONS"),
     "mask_gather": (mask_gather, "IMPLEMENTATIONS"),
     "patch_mad": (patch_mad, "IMPLEMENTATIONS"),
+    "ncut_scores": (ncut_scores, "IMPLEMENTATIONS"),
     "mask_scatter": (mask_scatter, "IMPLEMENTATIONS"),
     "masked_patch_loss": (masked_patch_loss, "IMPLEMENTATIONS"),
     "patch_info_nce": (patch_info_nce, "IMPLEMENTATIONS"),
@@ -185,9 +189,10 @@ class Problem:
             frames_, self.lengths, cumulative(self.lengths, torch.int64, device), ids
         )
         self.layout = self.grid.layout(self.spectrogram)
-        self.plan = self.reference_plan()
         self.mean = torch.full((1,), -5.0, device=device)
         self.scale = torch.full((1,), 0.5, device=device)
+        self.view = View(1.0, self.spectrogram, self.mean, self.scale)
+        self.plan = self.reference_plan()
 
     def reference_plan(self, draw: int = 0) -> MaskPlan:
         """Return a plan by the references on the CPU: a kernel that is wrong must not lead others out of bounds."""
@@ -198,7 +203,9 @@ class Problem:
             clip_ids=self.spectrogram.clip_ids.cpu(),
         )
         with forced("reference"):
-            plan = self.recipe.masking.plan(self.grid.layout(on_cpu), StepKey.make(SEED, 7, "cpu"), draw)
+            view = View(1.0, on_cpu, self.mean.cpu(), self.scale.cpu())
+            key = StepKey.make(SEED, 7, "cpu")
+            plan = self.recipe.masking.plan(self.grid.layout(on_cpu), key, draw, view)
         tensors = {
             name: getattr(plan, name).to(self.device)
             for name in ("visible", "masked", "cu_visible", "cu_masked")
@@ -259,7 +266,7 @@ def cases(problem: Problem, dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
     for make in (_random, _weights, _frontend):
         yield from make(problem, what)
     for dtype in dtypes:
-        for make_in in (_patches, _rows, _attention):
+        for make_in in (_guide, _patches, _rows, _attention):
             yield from make_in(problem, what, dtype)
 
 
@@ -311,6 +318,18 @@ def _random(problem: Problem, what: str) -> Iterator[Case]:
         )  # fmt: skip
 
     yield Case("block_marks", what, _tuple(mark), place, sizes=sizes, forward=Cost(total), **common)
+
+    def inverse(cu: Tensor, counter: Tensor, ids: Tensor, **options: Any) -> Tensor:
+        masking = InverseBlockMasking()
+        return block_marks.block_marks(
+            cu, tokens, None, counter, ids, freq=problem.grid.freq, order=problem.grid.order, growth="clamped",
+            sides=(masking.side,), blocks=tuple(masking.blocks(n) for n in tokens), **options,
+        )  # fmt: skip
+
+    yield Case(
+        "block_marks", what, _tuple(inverse), place, sizes=sizes, forward=Cost(total), variant="clamped",
+        **common,
+    )  # fmt: skip
     with forced("reference"):
         marks = mark(*(x.cpu() for x in place)).to(problem.device)
     yield Case(
@@ -346,6 +365,25 @@ def _weights(problem: Problem, what: str) -> Iterator[Case]:
     yield Case(
         "select_tokens", what, _tuple(select), (layout.cu_tokens, key.counter, layout.clip_ids, scores), torch.int64,
         sizes, Cost(8 * total), exact=True, variant="with scores",
+    )  # fmt: skip
+
+
+def _guide(problem: Problem, what: str, dtype: torch.dtype) -> Iterator[Case]:
+    """What masks by the encoder's features."""
+    layout, tokens = problem.layout, problem.layout.lengths
+    total, width = sum(tokens), int(problem.recipe.model.embed_dim)
+    # A third of the tokens are of another kind, which no rounding puts on the wrong side.
+    kind = torch.arange(total, device=problem.device).remainder(3) == 0
+    features = problem.noise((total, width), torch.float32) + 2 * kind[:, None]
+    products = sum(2 * n * min(n, width) * width for n in tokens)
+
+    def score(features: Tensor, cu: Tensor, **options: Any) -> Tensor:
+        return ncut_scores.ncut_scores(features, cu, tokens, **options)
+
+    yield Case(
+        "ncut_scores", what, _tuple(score), (features.to(dtype), layout.cu_tokens), dtype,
+        {"clips": len(tokens), "tokens": total, "width": width},
+        Cost(total * (width * dtype.itemsize + 4), products),
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -21,13 +21,15 @@ import torch
 
 from masktrain.errors import RunError
 from masktrain.kernels.log_mel.filters import centre_frequencies
+from masktrain.masking.view import View
 from masktrain.training import loggers, pictures, run_dir
-from masktrain.training.console import Console
+from masktrain.training.console import Console, duration, percent
 from masktrain.training.distributed import World
 from masktrain.training.kernel_choices import kernel_choices
 from masktrain.training.metrics import Meter, check_finite, peak_flops
+from masktrain.training.monitor import Reading, short_reading
 from masktrain.training.run_spec import RunSpec, spec_to_json
-from masktrain.types import Spectrogram, StepKey, cumulative
+from masktrain.types import MaskPlan, Spectrogram, StepKey, cumulative
 
 if TYPE_CHECKING:
     from masktrain.data.loader import Loader
@@ -98,6 +100,8 @@ class Report:
         self._baseline: dict[str, float] = {}
         self._first_loss: float | None = None
         self._warned_padding = False
+        self._last_reading = ""
+        self._probe_seconds = 0.0
         self._began = time.monotonic()
 
     def __enter__(self) -> Report:
@@ -125,6 +129,9 @@ class Report:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         rows = self.rows() if start else []
         self._first_loss = rows[0]["loss"] if rows else None
+        for reading in self.readings() if start else []:
+            if reading["step"] <= start:
+                self._last_reading = short_reading(reading["probe_kind"], reading["probe_value"])
         self._meter = Meter(
             device,
             self.steps,
@@ -198,7 +205,7 @@ class Report:
         if self._jsonl is not None and self._tensorboard is not None:
             self._jsonl.log(row)
             self._tensorboard.log(row)
-            self.console.update(row)
+            self.console.update({**row, "probe": self._last_reading})
         self._warn_of_padding(row)
         try:
             check_finite(row, self._first_loss, scaled=result.scaled)
@@ -249,6 +256,28 @@ class Report:
                 png = pictures.save(figure, self.run.pictures / f"reconstruction_{step:08d}.png")
                 self._tensorboard.picture("reconstruction", step, png)
 
+    def probed(self, reading: Reading) -> None:
+        """Log a reading of the model on labelled clips, and say it and what the readings cost so far.
+
+        It has a line of its own in metrics.jsonl: the rows of the steps are those of a run without.
+        """
+        assert self._meter is not None
+        self._last_reading = short_reading(reading.kind, reading.value)
+        self._probe_seconds += reading.seconds
+        if self._jsonl is None or self._tensorboard is None:
+            return
+        row = reading.row(math.fsum(r["probe_seconds"] for r in self.readings()), self._meter.elapsed_s)
+        self._jsonl.log(row)
+        named = {f"probe_{reading.kind}_{reading.metric}": reading.value}
+        self._tensorboard.log({**named, **{n: row[n] for n in ("step", "probe_seconds", "probe_share")}})
+        share = f", {percent(row['probe_share'])} of the run so far" if reading.step else ""
+        self.console.note(f"{reading.sentence}; {duration(reading.seconds)} spent on it{share}")
+
+    def readings(self) -> list[dict[str, Any]]:
+        """Return the lines of the probe logged so far, without those that somebody has damaged."""
+        rows = loggers.read_rows(self.spec.out / "metrics.jsonl")
+        return [row for row in rows if is_reading(row)]
+
     def _axes(self) -> pictures.MelAxes:
         frontend = self.recipe.frontend
         return pictures.MelAxes(centre_frequencies(frontend.mel).numpy(), 1 / frontend.frame_rate)
@@ -262,18 +291,31 @@ class Report:
         spectrogram = Spectrogram(
             none, lengths, cumulative(lengths, torch.int64, "cpu"), torch.arange(MAP_PLANS)
         )
+        view = View(1.0, spectrogram, none.new_zeros(1), none.new_ones(1))
         plan = self.recipe.masking.plan(
-            self.recipe.grid.layout(spectrogram), StepKey.make(self.recipe.seed, 0, "cpu")
+            self.recipe.grid.layout(spectrogram), StepKey.make(self.recipe.seed, 0, "cpu"), 0, view
         )
+        self._draw_mask_rate([plan], f"over {MAP_PLANS} clips")
+
+    def draw_mask_rate_of(self, plans: Callable[[], Iterable[MaskPlan]], done: int) -> None:
+        """Draw the same for a strategy that looks at clips. plans: draws masks of held-out clips as the step after `done`
+        would."""
+        if self.run is None or not self.recipe.train.pictures:
+            return
+        self._draw_mask_rate(plans(), f"after {done} steps")
+
+    def _draw_mask_rate(self, plans: Iterable[MaskPlan], text: str) -> None:
+        assert self.run is not None
         rate = pictures.MaskRate(self.recipe.grid.freq)
-        for grid in pictures.mask_grids(plan):
-            rate.add(grid)
+        for plan in plans:
+            for grid in pictures.mask_grids(plan):
+                rate.add(grid)
         figure = pictures.mask_rate_figure(
             rate,
             self._axes(),
             self.recipe.tokens.patch_time,
             self.recipe.tokens.patch_freq,
-            f"{self.recipe.name}: mask rate of {self.recipe.masking.name} masking over {MAP_PLANS} clips",
+            f"{self.recipe.name}: mask rate of {self.recipe.masking.name}, {text}",
         )
         pictures.save(figure, self.run.pictures / "mask_rate.png")
 
@@ -300,8 +342,10 @@ class Report:
             "bad_clips": [dataclasses.asdict(clip) for clip in bad],
             "clip_notes": dict(notes),
             "seconds": time.monotonic() - self._began,
-            "validation_seconds": self._meter.paused_seconds if self._meter else 0.0,
+            "validation_seconds": self._meter.paused_seconds - self._probe_seconds if self._meter else 0.0,
         }
+        if readings := self.readings():
+            summary["probe"] = readings
         self.run.write_summary(summary)
         if summary_json is not None:
             run_dir.write_json(summary_json, summary)
@@ -317,6 +361,13 @@ def is_row(row: Mapping[str, Any]) -> bool:
     """Whether a line of metrics.jsonl is as this class writes it."""
     return all(is_number(row.get(name)) for name in ("step", "elapsed_s", "peak_memory_gib")) and all(
         is_number(value, or_null=True) for name, value in {"loss": "", **row}.items() if name != "nonfinite"
+    )
+
+
+def is_reading(row: Mapping[str, Any]) -> bool:
+    """Whether a line of metrics.jsonl is a reading of the probe."""
+    return all(is_number(row.get(f"probe_{name}")) for name in ("value", "chance", "seconds")) and all(
+        isinstance(row.get(f"probe_{name}"), str) for name in ("kind", "metric")
     )
 
 
@@ -381,6 +432,17 @@ def errors_of(numbers: Mapping[str, Any]) -> str:
     )
 
 
+def probe_ending(readings: Sequence[Mapping[str, Any]]) -> str:
+    """Return how the readings of the probe went and what they cost. readings: lines of metrics.jsonl."""
+    first, last = readings[0], readings[-1]
+    seconds = math.fsum(row["probe_seconds"] for row in readings)
+    return (
+        f"{last['probe_kind']} {last['probe_metric']} {100 * first['probe_value']:.1f} % after {first['step']} steps -> "
+        f"{100 * last['probe_value']:.1f} % after {last['step']}, chance {100 * last['probe_chance']:.1f} %; "
+        f"{len(readings)} readings took {duration(seconds)}. No checkpoint was chosen by it"
+    )
+
+
 def mean_of(rows: list[dict[str, Any]], name: str) -> float | None:
     """Return the mean of a column over the rows that have it, None where none has."""
     values = [row[name] for row in rows if row.get(name) is not None]
@@ -412,6 +474,8 @@ def ending(summary: Mapping[str, Any], path: Path) -> list[tuple[str, str]]:
         )
     if summary.get("error") is not None:
         lines.append(("error", errors_of(summary)))
+    if summary.get("probe"):
+        lines.append(("probe", probe_ending(summary["probe"])))
     if summary["bad_clips"]:
         lines.append(
             (

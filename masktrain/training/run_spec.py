@@ -8,7 +8,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from masktrain import __version__
 from masktrain.config import flatten, from_dict, to_dict
@@ -22,9 +22,36 @@ TOO_LARGE = 1 << 53
 
 
 @dataclass(frozen=True)
+class ProbeSpec:
+    """Labelled clips on which the model is read during a run; nothing of the run depends on it.
+
+    data: a manifest with folds or splits. label: the column of its classes, None for the only one that can be it.
+    every: steps between readings, None for a tenth of the run. kind: of the classifier.
+    """
+
+    data: Path
+    label: str | None
+    every: int | None
+    kind: Literal["knn", "linear"]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what config.json holds of it."""
+        return {"data": str(self.data), "label": self.label, "every": self.every, "kind": self.kind}
+
+    @staticmethod
+    def from_json(stored: dict[str, Any]) -> ProbeSpec:
+        """Return what `to_json` stored. Raises KeyError, TypeError or ConfigError for something else."""
+        if stored["kind"] not in ("knn", "linear"):
+            raise ConfigError(f"run.probe.kind: must be knn or linear; received {stored['kind']!r}.")
+        every = None if stored["every"] is None else int(stored["every"])
+        label = None if stored["label"] is None else str(stored["label"])
+        return ProbeSpec(Path(stored["data"]), label, every, stored["kind"])
+
+
+@dataclass(frozen=True)
 class RunSpec:
     """recipe: resolved but for a run length asked for in minutes. data: manifests, none for the demo corpus.
-    device: as asked for. notes: what was chosen for the user, and why."""
+    device: as asked for. notes: what was chosen for the user, and why. probe: readings on labelled clips, if any."""
 
     recipe: Recipe
     data: tuple[Path, ...]
@@ -34,6 +61,7 @@ class RunSpec:
     init_from: Path | None
     resume: bool
     notes: tuple[str, ...]
+    probe: ProbeSpec | None = None
 
 
 def same_run(field: str) -> bool:
@@ -60,6 +88,7 @@ def spec_to_json(spec: RunSpec, manifest_digest: str) -> dict[str, Any]:
             "manifest_digest": manifest_digest,
             "device": spec.device,
             "init_from": str(spec.init_from) if spec.init_from else None,
+            "probe": spec.probe.to_json() if spec.probe else None,
         },
     }
 
@@ -93,6 +122,7 @@ def read_spec(folder: Path) -> RunSpec:
             init_from=Path(run["init_from"]) if run["init_from"] else None,
             resume=True,
             notes=(),
+            probe=ProbeSpec.from_json(run["probe"]) if run.get("probe") else None,
         )
     except (KeyError, TypeError, OverflowError, ConfigError) as error:
         raise CheckpointError(

@@ -10,14 +10,22 @@ import torch
 
 from masktrain import __version__
 from masktrain.kernels._dispatch import Choice
+from masktrain.masking.dispersion import DispersionMasking
+from masktrain.masking.hint import HintConfig
+from masktrain.masking.self_guided import SelfGuidedMasking
 from masktrain.training.kernel_choices import kernel_choices
 from masktrain.training.memory import expected_memory
 from masktrain.training.run_dir import cpu_model
+from masktrain.training.step_view import looks
 
 if TYPE_CHECKING:
     from masktrain.training.distributed import World
     from masktrain.training.recipe import Recipe
+    from masktrain.training.schedule import ResolvedSchedule
     from masktrain.training.trainer import Trainer
+
+
+MIB = 1 << 20
 
 
 def environment(world: World) -> dict[str, Any]:
@@ -63,7 +71,7 @@ def start_block(trainer: Trainer) -> list[tuple[str, str]]:
         ("input", _input_line(trainer)),
         *_augment_lines(recipe),
         *((("normalised", trainer.bins_line),) if trainer.bins_line else ()),
-        ("masking", _masking_line(trainer)),
+        *(("masking", line) for line in _masking_lines(trainer)),
         ("batch", f"{batch} clips" + (f" = {layout}" if per_rank != batch else "")),
         ("steps", f"{trainer.steps} ({trainer.steps * batch / clips:.3g} epochs of {clips} clips)"),
         *(("schedule", line) for line in trainer.schedule.describe()),
@@ -121,12 +129,48 @@ def _input_line(trainer: Trainer) -> str:
     return f"{frontend.sample_rate} Hz, {frontend.n_mels} mel bins ({frontend.preset}); {crop}, {length}"
 
 
-def _masking_line(trainer: Trainer) -> str:
+def _masking_lines(trainer: Trainer) -> list[str]:
+    """Return what is masked, how much of it is random over the run, and where features and scores come from."""
     grid, masking = trainer.recipe.grid, trainer.recipe.masking
-    return (
+    lines = [
         f"{masking.name}, {100 * masking.mask_ratio:g} % of the tokens of {grid.patch_time} frames x "
         f"{grid.patch_freq} bins, {grid.order}-major"
+    ]
+    if isinstance(masking, DispersionMasking | SelfGuidedMasking):
+        lines.append(_hint_line(masking.hint, trainer.schedule))
+    if isinstance(masking, SelfGuidedMasking):
+        layers = trainer.recipe.model.encoder_layers
+        layer = layers if masking.layer is None else masking.layer
+        lines.append(
+            f"features of encoder layer {layer} of {layers}, from all tokens, without dropout; rule {masking.rule}, cut by "
+            f"{masking.bipartition}"
+        )
+        kept = trainer.step.scores
+        lines.append(
+            "scores of every step"
+            if kept is None
+            else f"scores kept for up to {masking.refresh_epochs} epochs, {kept.values.nbytes / MIB:.3g} MiB; random "
+            "crops begin on patch columns"
+        )
+    if looks(masking):
+        lines.append("held-out clips are evaluated under random masks of the same ratio")
+    return lines
+
+
+def _hint_line(hint: HintConfig, schedule: ResolvedSchedule) -> str:
+    """Return how much of the mask is random when. What ends after the run's last step is left out."""
+    if hint.abs_hint_ratio is not None:
+        return f"hint ratio {hint.abs_hint_ratio:g} in the whole run (1 is random)"
+    first = -(-hint.start_epoch * schedule.horizon // hint.epochs)
+    last = hint.ratio(min(1.0, (schedule.steps - 1) / schedule.horizon))
+    if first >= schedule.steps:
+        return f"hint ratio 1, random masks, in the whole run: epoch {hint.start_epoch} of {hint.epochs} is not reached"
+    start = (
+        f"random masks before step {first + 1} (epoch {hint.start_epoch} of {hint.epochs}), then "
+        if first
+        else ""
     )
+    return f"hint ratio: {start}1 - (epoch / {hint.epochs})^{hint.gamma:g}, {last:.3g} in the last step"
 
 
 def _typical_tokens(trainer: Trainer) -> int:

@@ -9,6 +9,7 @@ same step. All randomness is keyed by (seed, step, clip id, position), so they a
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from masktrain.data.augment import augment
 from masktrain.frontend.frontend import Frontend
 from masktrain.frontend.length import crop_to, fill_with_silence, pad_to
+from masktrain.masking.registry import Strategy
+from masktrain.masking.self_guided import SelfGuidedMasking
+from masktrain.masking.view import View
 from masktrain.models.pretrainer import Pretrainer
 from masktrain.objectives.registry import total
 from masktrain.training.distributed import World, no_sync
@@ -23,6 +27,8 @@ from masktrain.training.optim import clip_grad
 from masktrain.training.precision import Precision
 from masktrain.training.recipe import Recipe
 from masktrain.training.schedule import Plateau, ResolvedSchedule
+from masktrain.training.score_cache import Lookup, ScoreCache
+from masktrain.training.step_view import StepView
 from masktrain.types import AudioBatch, LossTerm, MaskPlan, Spectrogram, StepKey
 
 
@@ -62,7 +68,9 @@ class Step:
         schedule: ResolvedSchedule,
         world: World,
         precision: Precision,
+        scores: ScoreCache | None = None,
     ) -> None:
+        """scores: what a masking strategy keeps from step to step, where it keeps anything."""
         self.recipe = recipe
         self.objective = recipe.objective
         self.model = model
@@ -72,6 +80,7 @@ class Step:
         self.plateau = Plateau(schedule.config) if schedule.config.kind == "plateau" else None
         self.world = world
         self.precision = precision
+        self.scores = scores
         self.frontend = Frontend(recipe.frontend)
         self.grid = recipe.grid
         self.scaler = torch.amp.GradScaler(world.device.type) if precision.scaled else None
@@ -85,8 +94,10 @@ class Step:
         key = StepKey.make(self.recipe.seed, step, self.world.device)
         spectrograms = self.fit_lengths([self.spectrogram(a, key) for a in audio], key)
         mean, scale = self._normalisation(spectrograms)
-        plans = [self.plans(s, key) for s in spectrograms]
-        counts, totals = self._exchange(audio, plans, step, stop)
+        views = self._views(step, audio, spectrograms, mean, scale)
+        plans = [self.plans(view, key) for view in views]
+        features = sum(view.done.flops for view in views)
+        counts, totals = self._exchange(audio, plans, step, stop, features)
         lr = self.schedule.lr_at(step, self.plateau.reduction if self.plateau else 1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -147,10 +158,39 @@ class Step:
         loss = torch.stack([weights[name] * value for name, value in parts.items()]).sum()
         return {"loss": loss, **parts}
 
-    def plans(self, spectrogram: Spectrogram, key: StepKey) -> tuple[MaskPlan, ...]:
-        """Draw the masks of one micro-batch, as many a clip as the model takes."""
-        layout = self.grid.layout(spectrogram)
-        return tuple(self.recipe.masking.plan(layout, key, draw) for draw in range(self.model.config.masks))
+    def plans(self, view: View, key: StepKey, masking: Strategy | None = None) -> tuple[MaskPlan, ...]:
+        """Draw the masks of one micro-batch, as many a clip as the model takes. masking: None for the recipe's."""
+        layout = self.grid.layout(view.spectrogram)
+        strategy = self.recipe.masking if masking is None else masking
+        return tuple(strategy.plan(layout, key, draw, view) for draw in range(self.model.config.masks))
+
+    def view(
+        self, step: int, spectrogram: Spectrogram, mean: Tensor, scale: Tensor, lookup: Lookup | None = None
+    ) -> StepView:
+        """Return what a masking strategy may look at in step `step`. lookup: where kept scores of these clips are."""
+        masking = self.recipe.masking
+        return StepView(
+            progress=min(1.0, step / self.schedule.horizon),
+            spectrogram=spectrogram,
+            mean=mean,
+            scale=scale,
+            layout=self.grid.layout(spectrogram),
+            model=self.model,
+            autocast=partial(self.precision.autocast, self.world.device),
+            scores=masking.scores if isinstance(masking, SelfGuidedMasking) else None,
+            cache=self.scores if lookup is not None else None,
+            lookup=lookup,
+        )
+
+    def _views(
+        self, step: int, audio: list[AudioBatch], spectrograms: list[Spectrogram], mean: Tensor, scale: Tensor
+    ) -> list[StepView]:
+        lookups: list[Lookup | None] = [None] * len(audio)
+        if self.scores is not None:
+            lookups[:] = self.scores.lookups(step, audio, [self.grid.layout(s) for s in spectrograms])
+        return [
+            self.view(step, s, mean, scale, lookup) for s, lookup in zip(spectrograms, lookups, strict=True)
+        ]
 
     def spectrogram(self, audio: AudioBatch, key: StepKey | None = None) -> Spectrogram:
         """Return the log-mel of one micro-batch on the device, in the model's dtype.
@@ -193,9 +233,17 @@ class Step:
         return norm.affine(sums)
 
     def _exchange(
-        self, audio: list[AudioBatch], plans: list[tuple[MaskPlan, ...]], step: int, stop: bool
+        self,
+        audio: list[AudioBatch],
+        plans: list[tuple[MaskPlan, ...]],
+        step: int,
+        stop: bool,
+        features: int,
     ) -> tuple[dict[str, int], dict[str, int]]:
-        """Return the loss counts and the totals of the global batch: one small sum over the ranks, on the host."""
+        """Return the loss counts and the totals of the global batch: one small sum over the ranks, on the host.
+
+        features: operations of the feature passes that chose the masks.
+        """
         each = [self.objective.counts(masks, self.grid) for masks in plans]
         local_counts = {name: sum(counts[name] for counts in each) for name in each[0]}
         key = StepKey.make(self.recipe.seed, step, "cpu")
@@ -204,7 +252,7 @@ class Step:
             "visible": sum(sum(p.n_visible) for p in drawn),
             "tokens": sum(sum(p.layout.lengths) for p in drawn),
             "padding": sum(self._padding(a, p) for a, masks in zip(audio, plans, strict=True) for p in masks),
-            "flops": sum(self.model.train_flops(masks, key) for masks in plans),
+            "flops": features + sum(self.model.train_flops(masks, key) for masks in plans),
             "digest": self._digest(audio),
             "stop": int(stop),
         }

@@ -24,8 +24,18 @@ from masktrain.data.manifest import Manifest
 from masktrain.data.order import check_shards
 from masktrain.errors import CheckpointError, ConfigError, DataError, RunError
 from masktrain.models import registry
-from masktrain.training import checkpoint, corpus, distributed, optim, precision, schedule
+from masktrain.training import (
+    checkpoint,
+    corpus,
+    distributed,
+    masking_fit,
+    optim,
+    precision,
+    schedule,
+    score_cache,
+)
 from masktrain.training.console import Console
+from masktrain.training.monitor import Monitor
 from masktrain.training.recipe import Recipe
 from masktrain.training.report import Report, run_folder
 from masktrain.training.run_dir import RunDir
@@ -33,6 +43,7 @@ from masktrain.training.run_spec import RunSpec, stored_manifest_digest
 from masktrain.training.start_block import differences_at_resume, environment, start_block
 from masktrain.training.statistics import Measured, measure_statistics
 from masktrain.training.step import Step
+from masktrain.training.step_view import looks
 from masktrain.training.stop import StopRequest
 from masktrain.training.validation import Validator
 from masktrain.types import AudioBatch
@@ -40,15 +51,18 @@ from masktrain.types import AudioBatch
 CALIBRATION_STEPS = 6
 
 
-def train(spec: RunSpec, summary_json: Path | None = None) -> None:
-    """Run a recipe to its end, or until it is asked to stop. Raises MasktrainError for what the user can act on."""
+def train(spec: RunSpec, summary_json: Path | None = None, monitor: Monitor | None = None) -> None:
+    """Run a recipe to its end, or until it is asked to stop. Raises MasktrainError for what the user can act on.
+
+    monitor: reads the model now and then; the run does not depend on it.
+    """
     world = distributed.join(spec.device)
     console = Console(enabled=world.first)
     try:
         # a default name holds the time: the first rank's serves all
         spec = replace(spec, out=Path(str(world.gather_objects(str(spec.out))[0])))
         with corpus.log_lines(console), run_folder(spec, world) as folder:
-            trainer = Trainer(spec, world, console)
+            trainer = Trainer(spec, world, console, monitor)
             with StopRequest() as stop:
                 trainer.fit(folder, stop, summary_json)
     except (RuntimeError, MemoryError) as error:
@@ -70,10 +84,14 @@ def _out_of_memory(error: Exception) -> bool:
 class Trainer:
     """One run on one rank of the world."""
 
-    def __init__(self, spec: RunSpec, world: distributed.World, console: Console) -> None:
+    def __init__(
+        self, spec: RunSpec, world: distributed.World, console: Console, monitor: Monitor | None = None
+    ) -> None:
         check_shards(spec.recipe.batch_size, world.size, spec.recipe.train.accumulation)
+        masking_fit.check(spec.recipe, world.size)
         self.world = world
         self.console = console
+        self.monitor = monitor
         self.precision = precision.choose(spec.recipe.train.precision, world.device)
         # clips that no record of a training loader holds: left out at the start, or held out and bad
         manifest, self.other_bad = corpus.read_corpus(spec.data, world, self.console)
@@ -124,8 +142,15 @@ class Trainer:
             model = registry.build(recipe.model, recipe.grid, recipe.input_norm)
         model.check_columns(self._most_columns(recipe))
         model.to(self.world.device)
+        kept = score_cache.wanted(recipe)
         return Step(
-            recipe, model, optim.build(model, recipe.optim, resolved.lr), resolved, self.world, self.precision
+            recipe,
+            model,
+            optim.build(model, recipe.optim, resolved.lr),
+            resolved,
+            self.world,
+            self.precision,
+            score_cache.ScoreCache(recipe, self.manifest, self.world.device) if kept else None,
         )
 
     def _new_loader(self, manifest: Manifest, recipe: Recipe, world: distributed.World) -> tuple[Loader, str]:
@@ -140,6 +165,7 @@ class Trainer:
             accumulation=recipe.train.accumulation,
             min_samples=lambda rate: frontend.min_samples(rate, recipe.tokens.patch_time),
             pin_memory=world.device.type == "cuda",
+            column=partial(score_cache.column_samples, recipe) if score_cache.wanted(recipe) else None,
         )
 
     def _calibrated(self, spec: RunSpec) -> RunSpec:
@@ -262,7 +288,9 @@ class Trainer:
         try:
             with Report(self.spec, folder, self.world, self.console, self.digest, self.schedule) as report:
                 start = self._resume() if self.spec.resume else 0
-                report.begin(start_block(self), start, self.precision.name)
+                lines = self.monitor.describe(self.manifest, self.steps) if self.monitor else []
+                block = [*start_block(self), *(("probe", line) for line in lines)]
+                report.begin(block, start, self.precision.name)
                 saver = checkpoint.AsyncSaver(self.spec.out / "checkpoints", self.recipe.train.keep_last)
                 with saver:
                     done = self._steps(report, saver, stop, start)
@@ -279,8 +307,10 @@ class Trainer:
         validator = self._validator()
         every = self.recipe.train.checkpoint_every or max(1, self.steps // 10)
         if start == 0:
-            report.draw_mask_rate(max(validator.spectrograms[0].lengths))
+            if not looks(self.recipe.masking):
+                report.draw_mask_rate(max(validator.spectrograms[0].lengths))
             self._evaluate(report, validator, 0)
+            self._probe(report, 0)
         if start == self.steps:
             return start
         done = start
@@ -291,6 +321,7 @@ class Trainer:
             report.stepped(done, result, self.loader, partial(self._paths, audio), last)
             if self.schedule.milestone(done) or self.schedule.watched(done):
                 self._evaluate(report, validator, done)
+            self._probe(report, done)
             if done % every == 0 or last:
                 self._save(saver, done)
             saver.check()
@@ -303,6 +334,8 @@ class Trainer:
         milestone = self.schedule.milestone(done)
         with report.paused():
             validation, drawn = validator(done, draw=milestone)
+            if milestone and looks(self.recipe.masking):
+                report.draw_mask_rate_of(partial(validator.plans_of_training, done), done)
         report.validated(validation, drawn, say=milestone)
         plateau = self.step.plateau
         if plateau is None or not self.schedule.watched(done):
@@ -315,6 +348,24 @@ class Trainer:
                 f"learning rate {self.schedule.lr_at(done, plateau.reduction):.3g} from step {done + 1} on: the loss of "
                 f"the held-out clips has not improved in {plateau.config.patience + 1} evaluations"
             )
+
+    def _probe(self, report: Report, done: int) -> None:
+        """Read the model on labelled clips where that is due, on the first rank; the others wait at the next step."""
+        if self.monitor is None or not self.world.first or not self.monitor.due(done, self.steps):
+            return
+        if any(reading["step"] == done for reading in report.readings()):
+            return  # a run that was killed before its first checkpoint starts again
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)  # what is left of the step is no cost of the reading
+        try:
+            with report.paused():
+                reading = self.monitor.read(self.step, done)
+        except DataError as error:
+            if not done:
+                raise
+            self.console.warn(f"no reading of the probe after {done} steps: {error}")  # the training goes on
+            return
+        report.probed(reading)
 
     def _record(self) -> tuple[BadClips, list[Any]]:
         """Return the record of bad clips of all ranks, and the state of each. Raises DataError for too many."""
@@ -367,7 +418,11 @@ class Trainer:
             "plateau": self.step.plateau.state() if self.step.plateau else None,
             "environment": environment(self.world),
         }
-        saver.save(done, {"model": self.step.model.state_dict(), "optimizer": tensors}, data)
+        groups_of_tensors = {"model": self.step.model.state_dict(), "optimizer": tensors}
+        if self.step.scores is not None:
+            groups_of_tensors["scores"] = self.step.scores.tensors()
+            data["scores"] = self.step.scores.state()
+        saver.save(done, groups_of_tensors, data)
 
     def _resume(self) -> int:
         """Take up the newest valid checkpoint and return the number of steps it has behind it."""
@@ -405,6 +460,8 @@ class Trainer:
             self.step.skipped = int(saved.data["skipped_updates"])
             if self.step.plateau:
                 self.step.plateau.load_state(saved.data["plateau"])
+            if self.step.scores:
+                self.step.scores.load(saved.tensors["scores"], saved.data["scores"])
             own = saved.data["bad_clips"][min(self.world.rank, len(saved.data["bad_clips"]) - 1)]
             self.loader.bad.load_state(own)
             changed = differences_at_resume(saved.data["environment"], environment(self.world))

@@ -2,7 +2,8 @@
 """Held-out clips: how far the model is from them, beside two predictors that learn nothing, and their pictures.
 
 The clips, their crops and their masks are the same at every evaluation, and their input statistics are those of the
-held-out clips themselves, so that the evaluations of a run can be compared.
+held-out clips themselves, so that the evaluations of a run can be compared. A strategy whose masks change over the run
+serves as at the run's end; in the place of one that looks at clips stand random masks (`step_view.for_evaluation`).
 
 Beside its losses an evaluation has the squared error of the masked values of the normalised log-mel, the same quantity
 for every recipe that reconstructs: of the model, of the per-bin mean and of linear interpolation in time between the
@@ -15,12 +16,14 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from masktrain.masking.view import View
 from masktrain.objectives.patches import (
     clip_errors,
     destandardised,
@@ -30,7 +33,8 @@ from masktrain.objectives.patches import (
 )
 from masktrain.training.pictures import Reconstruction, Validation, mask_grids
 from masktrain.training.step import Step
-from masktrain.types import AudioBatch, StepKey
+from masktrain.training.step_view import for_evaluation
+from masktrain.types import AudioBatch, MaskPlan, StepKey
 
 # a step that no run reaches: keeps these masks apart from those of training
 KEY_STEP = 0xFFFFFFFF
@@ -46,10 +50,12 @@ class Validator:
         self.names = [os.path.basename(name) for name in names]
         key = StepKey.make(step.recipe.seed, KEY_STEP, step.world.device)
         self.spectrograms = step.fit_lengths([step.spectrogram(a) for a in audio], key)
-        self.plans = [step.plans(s, key) for s in self.spectrograms]
         norm = step.model.input_norm
         sums = torch.stack([norm.statistics(s.frames) for s in self.spectrograms]).sum(0)
         self.mean, self.scale = norm.affine(sums if norm.uses_batch else None)
+        masking = for_evaluation(step.recipe.masking)
+        views = [View(1.0, s, self.mean, self.scale) for s in self.spectrograms]
+        self.plans = [step.plans(view, key, masking) for view in views]
         self.pictures = pictures
         self.by_length = spread([n for s in self.spectrograms for n in s.lengths], max(0, pictures - 1))
         each = [step.objective.counts(masks, step.grid) for masks in self.plans]
@@ -126,6 +132,14 @@ class Validator:
             error_interpolation=sum(self.sums_interpolation) / values if errors else None,
         )
         return validation, self._reconstructions(predictions, errors) if predictions else []
+
+    def plans_of_training(self, steps_done: int) -> Iterator[MaskPlan]:
+        """Yield a mask of each held-out clip, as the next step of training would draw it."""
+        step = self.step
+        key = StepKey.make(step.recipe.seed, KEY_STEP, step.world.device)
+        for spectrogram in self.spectrograms:
+            view = step.view(steps_done, spectrogram, self.mean, self.scale)
+            yield step.recipe.masking.plan(view.layout, key, 0, view)
 
     def _reconstructions(self, predictions: list[Tensor], errors: list[float]) -> list[Reconstruction]:
         """Return the clips to draw, the one with the median error first and the others from short to long ones.
