@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`masktrain export`: a checkpoint's weights under the names of the reference project, or the encoder as timm's ViT."""
+"""`masktrain export`: a checkpoint's weights under the names of the reference project, the encoder as timm's ViT, or a
+wrapper of it for EVAR."""
 
 from __future__ import annotations
 
@@ -24,14 +25,16 @@ SUFFIXES = (".safetensors", ".pth", ".pt")
 @dataclass(frozen=True)
 class Options:
     """Write the weights of a run or of one checkpoint as the reference project names them, position tables included,
-    or the encoder alone as timm's VisionTransformer does."""
+    the encoder alone as timm's VisionTransformer does, or the wrapper file and config with which EVAR evaluates it."""
 
     checkpoints: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     """A run folder (its newest checkpoint) or a checkpoint folder."""
-    form: Annotated[Literal["reference", "timm"] | None, tyro.conf.arg(aliases=["--as"])] = None
-    """reference: all weights, for a strict load in the reference's own model; timm: the encoder."""
+    form: Annotated[Literal["reference", "timm", "evar"] | None, tyro.conf.arg(aliases=["--as"])] = None
+    """reference: all weights, for a strict load in the reference's own model; timm: the encoder; evar: a wrapper and a
+    config for nttcslab/eval-audio-repr."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
-    """The file to write, .safetensors, or .pth with the layout of the reference; default RECIPE_FORM.safetensors."""
+    """The file to write, .safetensors, or .pth with the layout of the reference; default RECIPE_FORM.safetensors. For
+    evar a new folder, default RECIPE_evar."""
     columns: int | None = None
     """Time columns of the fixed position tables; default those of data.target_length."""
     json: Path | None = None
@@ -44,9 +47,12 @@ def main(arguments: list[str]) -> None:
     if len(options.checkpoints) != 1:
         raise ConfigError(f"export: expected one run or checkpoint; received {len(options.checkpoints)}.")
     if options.form is None:
-        raise ConfigError("export: --as is missing. Allowed: reference, timm.")
+        raise ConfigError("export: --as is missing. Allowed: reference, timm, evar.")
     if options.columns is not None and not 1 <= options.columns <= 100_000:
         raise ConfigError(f"--columns: must lie in [1, 100000]; received {options.columns}.")
+    if options.form == "evar":
+        _evar(options)
+        return
     from masktrain.training.console import Console
     from masktrain.training.weights import find_checkpoint, reference_state, timm_state
 
@@ -68,6 +74,31 @@ def main(arguments: list[str]) -> None:
     report = {"out": str(out), "recipe": recipe.name, "step": saved.step, "form": options.form}
     shapes = {name: list(tensor.shape) for name, tensor in exported.state.items()}
     write_json(options.json, {**report, "shapes": shapes, "notes": list(exported.notes)})
+
+
+def _evar(options: Options) -> None:
+    """Write EVAR's wrapper and config."""
+    if options.columns is not None:
+        raise ConfigError(
+            "--columns: of no use with --as evar, which exports no position table. Leave it out."
+        )
+    from masktrain.evaluation.encoder import load_encoder
+    from masktrain.evaluation.evar_wrapper import wrapper_files, write_wrapper
+    from masktrain.training.console import Console
+
+    (checkpoint,) = options.checkpoints
+    encoder = load_encoder(checkpoint, "cpu")
+    out = (options.out or Path(f"{encoder.recipe.name}_evar")).absolute()
+    if os.path.lexists(out):
+        raise ConfigError(
+            f"--out {out}: exists already, and nothing is overwritten. Name another folder (-o)."
+        )
+    files = wrapper_files(encoder, checkpoint)
+    write_wrapper(out, files)
+    with Console() as console:
+        console.finish([("written", f"{out}: {', '.join(files)}"), ("encoder", encoder.name)])
+    report = {"out": str(out), "recipe": encoder.recipe.name, "step": encoder.step, "form": options.form}
+    write_json(options.json, {**report, "files": sorted(files)})
 
 
 def _write(exported: Exported, out: Path) -> None:
