@@ -24,6 +24,7 @@ from typing import Any
 
 from masktrain.recipes import find
 from masktrain.training import pictures
+from masktrain.training.drawing import save
 from masktrain.training.run_dir import cpu_model
 
 RESULTS = Path(__file__).resolve().parent / "results" / "cpu"
@@ -135,7 +136,7 @@ def draw() -> None:
             curve = json.loads((FOLDER / f"{recipe}.json").read_text())
             runs[recipe] = [pictures.Validation(**evaluation) for evaluation in curve["evaluations"]]
     title = "Error of masked cells on held-out clips"
-    pictures.save(pictures.error_figure(runs, title), FOLDER / "error.png")
+    save(pictures.error_figure(runs, title), FOLDER / "error.png")
 
 
 if __name__ == "__main__":

@@ -20,10 +20,10 @@ import torch
 
 from masktrain.recipes import find
 from masktrain.training import masking_bench
+from masktrain.training.drawing import save
 from masktrain.training.masking_bench.picture import cost_figure
 from masktrain.training.masking_bench.rows import GRIDS, batch_sizes, exponents
 from masktrain.training.measure import Stopwatch
-from masktrain.training.pictures import save
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SIZES = {"cpu": "tiny", "cuda": "base"}

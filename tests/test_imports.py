@@ -36,7 +36,7 @@ ONLY_IN = {
     "triton": ("kernels/_triton.py", "kernels/*/_triton.py"),
     "nvidia": ("masktrain/data/dali_loader.py",),
     "tensorboard": ("masktrain/training/loggers.py",),
-    "matplotlib": ("masktrain/training/pictures.py",),
+    "matplotlib": ("masktrain/training/drawing.py",),
     "soundfile": ("masktrain/data/decode.py", "masktrain/data/demo.py"),
     "flash_attn": (),
     "xformers": (),

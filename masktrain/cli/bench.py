@@ -176,8 +176,8 @@ def _masking(options: MaskingOptions) -> None:
         console.print(_scaling_table(report))
     write_json(options.json, report)
     if options.picture is not None:
+        from masktrain.training.drawing import save
         from masktrain.training.masking_bench.picture import cost_figure
-        from masktrain.training.pictures import save
 
         save(cost_figure(report), options.picture)
 

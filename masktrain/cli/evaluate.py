@@ -168,6 +168,7 @@ def _linear(rest: list[str]) -> None:
     from masktrain.evaluation.linear import LinearConfig, evaluate_linear
     from masktrain.evaluation.probe import ProbeConfig
     from masktrain.training.console import Console
+    from masktrain.training.corpus import log_lines
     from masktrain.training.distributed import pick_device
 
     probe = ProbeConfig(
@@ -191,7 +192,7 @@ def _linear(rest: list[str]) -> None:
     labelled = read_labelled(
         options.data, label=options.label, fold=options.fold, split=options.split, task=options.task
     )
-    with Console() as console:
+    with Console() as console, log_lines(console):
         with _stages(console) as progress:
             report = evaluate_linear(
                 options.checkpoint,
@@ -219,6 +220,7 @@ def _knn(rest: list[str]) -> None:
     from masktrain.evaluation.knn import KnnConfig, evaluate_knn
     from masktrain.evaluation.labels import read_labelled
     from masktrain.training.console import Console
+    from masktrain.training.corpus import log_lines
     from masktrain.training.distributed import pick_device
 
     config = KnnConfig(
@@ -231,7 +233,7 @@ def _knn(rest: list[str]) -> None:
     labelled = read_labelled(
         options.data, label=options.label, fold=options.fold, split=options.split, task=options.task
     )
-    with Console() as console:
+    with Console() as console, log_lines(console):
         for note in labelled.notes:
             console.note(note)
         with _stages(console) as progress:
@@ -280,9 +282,9 @@ def _rank(rest: list[str]) -> None:
 
     from masktrain.evaluation.rank import RankConfig, evaluate_rank, rank_figure
     from masktrain.training.console import Console
-    from masktrain.training.corpus import read_clips
+    from masktrain.training.corpus import log_lines, read_clips
     from masktrain.training.distributed import pick_device
-    from masktrain.training.pictures import save
+    from masktrain.training.drawing import save
 
     config = RankConfig(
         mask_t_prob=options.mask_t_prob,
@@ -296,7 +298,7 @@ def _rank(rest: list[str]) -> None:
     device = pick_device(options.device)
     if options.out is not None:
         _make_folder(options.out)
-    with Console() as console:
+    with Console() as console, log_lines(console):
         clips, _ = read_clips(options.data, console)
         with _stages(console) as progress:
             report = evaluate_rank(
@@ -481,7 +483,7 @@ def _linear_pictures(out: Path, report: dict[str, Any]) -> list[Path]:
         confusion_figure,
         layer_figure,
     )
-    from masktrain.training.pictures import save
+    from masktrain.training.drawing import save
 
     classes, task = report["classes"], report["task"]
     counts = {

@@ -85,6 +85,7 @@ def _show(arguments: list[str]) -> None:
 
     from masktrain.recipes import find
     from masktrain.training.console import Console
+    from masktrain.training.drawing import save
     from masktrain.training.mask_pictures import (
         load_encoder,
         masks_figure,
@@ -92,7 +93,6 @@ def _show(arguments: list[str]) -> None:
         strategy_row,
         untrained_encoder,
     )
-    from masktrain.training.pictures import save
 
     encoder = load_encoder(options.checkpoint) if options.checkpoint else None
     recipe = encoder.recipe if encoder else find(options.recipe or RECIPE, options.size)

@@ -46,7 +46,7 @@ class DataConfig:
             )
         _one_of("crop", self.crop, ("random", "start"))
         _one_of("loader", self.loader, ("auto", "dali", "soundfile"))
-        _one_of("padding", self.padding, ("none", "reference"))
+        _one_of("padding", self.padding, ("none", "reference", "silence"))
         if self.workers is not None:
             _between("workers", self.workers, 0, 256)
         _between("prefetch", self.prefetch, 1, 64)

@@ -218,10 +218,9 @@ def name_short(encoder: FeatureSource, manifest: Manifest, lengths: Sequence[int
             for row in short[:_SHOWN]
         )
         log.warning(
-            "%d of %d clips are shorter than a patch of %s and are filled with silence to one: %s",
+            "%d of %d clips are shorter than a patch and are filled with silence to one: %s",
             len(short),
             len(rates),
-            encoder.name,
             first,
         )
 

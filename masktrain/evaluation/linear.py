@@ -300,7 +300,8 @@ def _row(
         "against": {},
     }
     for kind, theirs in others.items():
-        gap = paired(ours.grid(), theirs.grid())
+        draws = _draws(kind, len(ours.fits[-1]))
+        gap = paired(_grouped(ours.grid(), draws), _grouped(theirs.grid(), draws))
         row["against"][kind] = {
             "name": theirs.name,
             **_scores_row(theirs, most),
@@ -334,18 +335,30 @@ def _scores_row(scores: Scores, most: int) -> dict[str, Any]:
 def _together(
     ours: Sequence[Scores], others: Sequence[dict[Against, Scores]], rows: Sequence[dict[str, Any]]
 ) -> dict[str, Any] | None:
-    """Return the scores of several checkpoints of one recipe as one: each checkpoint's seeds are seeds of it."""
+    """Return the scores of several checkpoints of one recipe as one: a checkpoint, by the mean of its seeds, meets one
+    draw of the untrained encoder."""
     kinds = {(row["recipe"], row["size"], row["step"]) for row in rows}
     if len(rows) < 2 or len(kinds) > 1:
         return None
-    grid = np.concatenate([scores.grid() for scores in ours])
     # checkpoints are what is drawn anew, not the probes on each
-    means = [float(scores.grid().mean()) for scores in ours]
-    gaps = {
-        kind: _difference(paired(grid, np.concatenate([other[kind].grid() for other in others])))
-        for kind in others[0]
-    }
-    return summary(grid) | {"over_checkpoints": asdict(t_interval(means)), "against": gaps}
+    means = np.stack([scores.grid().mean(0) for scores in ours])
+    gaps = {}
+    for kind, theirs in others[0].items():
+        grid = theirs.grid()
+        draws = min(_draws(kind, len(grid)), len(means))
+        gaps[kind] = _difference(paired(_grouped(means, draws), _grouped(grid, draws)))
+    grid = np.concatenate([scores.grid() for scores in ours])
+    return summary(grid) | {"over_checkpoints": asdict(t_interval(means.mean(1))), "against": gaps}
+
+
+def _draws(kind: Against, seeds: int) -> int:
+    """Return how many of the seeds' scores are independent of one another."""
+    return min(UNTRAINED, seeds) if kind == "untrained" else seeds
+
+
+def _grouped(scores: NDArray[np.float64], draws: int) -> NDArray[np.float64]:
+    """Return (draws, splits), row d the mean of rows d, d + draws, ...: what one draw scores."""
+    return np.stack([scores[draw::draws].mean(0) for draw in range(draws)])
 
 
 def _split_row(labelled: LabelledSet, number: int) -> dict[str, Any]:

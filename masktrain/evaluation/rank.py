@@ -37,11 +37,20 @@ from masktrain.masking.plan import unmasked
 from masktrain.masking.strategies import RandomMasking
 from masktrain.masking.time_frequency import TimeFrequencyMasking
 from masktrain.training.corpus import subset
-from masktrain.training.pictures import INK, INTERPOLATION, LOSS, VALIDATION, _figure, _patch, _shown, _style
+from masktrain.training.drawing import (
+    INK,
+    INTERPOLATION,
+    LOSS,
+    VALIDATION,
+    new_figure,
+    shortened,
+    style,
+    swatch,
+)
 from masktrain.types import AudioBatch, MaskPlan, StepKey, TokenLayout
 
 if TYPE_CHECKING:
-    from masktrain.training.pictures import Axes, Figure
+    from masktrain.training.drawing import Axes, Figure
 
 Progress = Callable[[str, int, int], None]
 Masks = dict[str, RandomMasking | TimeFrequencyMasking | None]
@@ -225,8 +234,8 @@ def rank_figure(report: dict[str, Any]) -> Figure:
     """Return the singular values of the last layer, and the effective rank of each encoder or of each layer. report: of
     `evaluate_rank`."""
     encoders = report["encoders"]
-    with _style():
-        figure = _figure(9.6, 4.6, f"effective rank of {report['clips']} clips under masks at inference")
+    with style():
+        figure = new_figure(9.6, 4.6, f"effective rank of {report['clips']} clips under masks at inference")
         spectrum, ranks = figure.subplots(1, 2, width_ratios=[1.15, 1])
         for encoder, dash in zip(encoders, _cycled(DASHES, len(encoders)), strict=True):
             last = max(row["layer"] for row in encoder["ranks"])
@@ -256,11 +265,11 @@ def _add_legends(figure: Figure, panel: Axes, encoders: Sequence[dict[str, Any]]
     for mask, colour in COLOURS.items():
         rows = [row for encoder in encoders for row in encoder["ranks"] if row["mask"] == mask]
         shares = sorted({f"{100 * row['visible_share']:.0f} %" for row in rows})
-        handles.append(_patch(colour, f"mask {mask}: {', '.join(shares)} of the tokens visible"))
+        handles.append(swatch(colour, f"mask {mask}: {', '.join(shares)} of the tokens visible"))
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
     if len(encoders) > 1:
         dashes = zip(encoders, _cycled(DASHES, len(encoders)), strict=True)
-        named = [panel.plot([], [], color=INK, linestyle=d, label=_shown(e["name"]))[0] for e, d in dashes]
+        named = [panel.plot([], [], color=INK, linestyle=d, label=shortened(e["name"]))[0] for e, d in dashes]
         panel.legend(handles=named, loc="upper right")
 
 
@@ -304,7 +313,7 @@ def _draw_bars(panel: Axes, encoders: Sequence[dict[str, Any]]) -> None:
         for line, rank in zip(lines, ranks, strict=True):
             panel.text(rank, line, f" {rank:.1f}", va="center", size=8)
     panel.set_title("effective rank of the last layer")
-    panel.set_yticks(range(len(encoders)), [_shown(e["name"], 40) for e in encoders], parse_math=False)
+    panel.set_yticks(range(len(encoders)), [shortened(e["name"], 40) for e in encoders], parse_math=False)
     panel.set_ylim(len(encoders) - 0.5, -0.5)
     panel.margins(x=0.15)
     panel.set_xlabel(f"of at most {max(len(row['singular_values']) for e in encoders for row in e['ranks'])}")

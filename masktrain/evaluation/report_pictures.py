@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of an evaluation: class balance, confusion matrix, table of classes, scores over the layers.
 
-Each `*_figure` takes numbers and returns a matplotlib figure; `masktrain.training.pictures.save` writes it.
+Each `*new_figure` takes numbers and returns a matplotlib figure; `masktrain.training.drawing.save` writes it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from masktrain.training.pictures import (
+from masktrain.training.drawing import (
     BASELINE,
     INK,
     INTERPOLATION,
@@ -21,14 +21,14 @@ from masktrain.training.pictures import (
     MASKED,
     VALIDATION,
     WAIT,
-    _colours,
-    _figure,
-    _shown,
-    _style,
+    colour_map,
+    new_figure,
+    shortened,
+    style,
 )
 
 if TYPE_CHECKING:
-    from masktrain.training.pictures import Axes, Figure
+    from masktrain.training.drawing import Axes, Figure
 
 Array = NDArray[Any]
 
@@ -46,8 +46,8 @@ def class_balance_figure(classes: Sequence[str], counts: Mapping[str, Array], ti
     total = np.sum(list(counts.values()), 0)
     order = np.argsort(-total, kind="stable")
     named = len(classes) <= NAMED_CLASSES
-    with _style():
-        figure = _figure(8.0, min(14.0, 1.5 + (0.2 if named else 0.02) * len(classes)), title)
+    with style():
+        figure = new_figure(8.0, min(14.0, 1.5 + (0.2 if named else 0.02) * len(classes)), title)
         panel = figure.subplots()
         places, left = np.arange(len(classes)), np.zeros(len(classes))
         for part, colour in PARTS.items():
@@ -74,10 +74,10 @@ def confusion_figure(classes: Sequence[str], counts: Array, title: str, note: st
     number = len(classes)
     named = number <= NAMED_CLASSES
     side = min(14.0, 3.0 + (0.42 if number <= COUNTED_CLASSES else 0.17) * number if named else 9.0)
-    with _style():
-        figure = _figure(side + 1.2, side, title)
+    with style():
+        figure = new_figure(side + 1.2, side, title)
         panel = figure.subplots()
-        colours = _colours("Blues", MASKED)
+        colours = colour_map("Blues", MASKED)
         image = panel.imshow(100 * share, cmap=colours, vmin=0.0, vmax=100.0, interpolation="nearest")
         _name_classes(panel, "x", classes, named)
         _name_classes(panel, "y", classes, named)
@@ -113,11 +113,11 @@ def class_table_figure(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
         ordered = ordered[:TABLE_CLASSES]
     high = max(TABLE_COLUMN, math.ceil(len(ordered) / 4))
     columns = [ordered[i : i + high] for i in range(0, len(ordered), high)]
-    longest = max(len(_shown(row["class"], 28)) for row in rows)
+    longest = max(len(shortened(row["class"], 28)) for row in rows)
     width = 0.085 * longest + 0.5 + 0.8 * len(scores)
-    with _style():
+    with style():
         height = 0.9 + 0.19 * (1 + max(map(len, columns)))
-        figure = _figure(max(6.5, width * len(columns)), height, title)
+        figure = new_figure(max(6.5, width * len(columns)), height, title)
         panels = figure.subplots(1, len(columns), squeeze=False)[0]
         for panel, part in zip(panels, columns, strict=True):
             _draw_table(panel, part, scores, longest, 1 + max(map(len, columns)))
@@ -138,7 +138,7 @@ def _draw_table(
         panel.text(end, 0.0, head, va="center", ha="right", weight="bold", size=8)
     panel.axhline(0.5, color="#666666", linewidth=0.7)
     for line, row in enumerate(rows, 1):
-        panel.text(0.0, line, _shown(row["class"], 28), va="center", size=8, parse_math=False)
+        panel.text(0.0, line, shortened(row["class"], 28), va="center", size=8, parse_math=False)
         panel.text(ends[0], line, str(row["clips"]), va="center", ha="right", size=8)
         for end, name in zip(ends[1:], scores, strict=True):
             value = row[name]
@@ -157,8 +157,8 @@ def layer_figure(
 ) -> Figure:
     """Return the score over the layers. curves: {name: (mean, low, high) for each layer}, shares. levels: {name: score}
     of features that have no layers."""
-    with _style():
-        figure = _figure(8.0, 4.4, title)
+    with style():
+        figure = new_figure(8.0, 4.4, title)
         panel = figure.subplots()
         panel.set_title("band: 95 % interval over seeds")
         for (name, points), colour in zip(
@@ -166,9 +166,11 @@ def layer_figure(
         ):
             mean, low, high = (100 * np.array(column) for column in zip(*points, strict=True))
             panel.fill_between(layers, low, high, color=colour, alpha=0.2, linewidth=0)
-            panel.plot(layers, mean, color=colour, marker="o", markersize=4, label=_shown(name))
+            panel.plot(layers, mean, color=colour, marker="o", markersize=4, label=shortened(name))
         for (name, level), colour in zip(levels.items(), BASELINE_COLOURS, strict=False):
-            panel.axhline(100 * level, color=colour, linewidth=1.2, linestyle=(0, (4, 3)), label=_shown(name))
+            panel.axhline(
+                100 * level, color=colour, linewidth=1.2, linestyle=(0, (4, 3)), label=shortened(name)
+            )
         panel.set_xticks(list(layers))
         panel.set_xlabel("encoder layer")
         panel.set_ylabel(f"{metric} (%)")
@@ -177,8 +179,46 @@ def layer_figure(
     return figure
 
 
+RUN_COLOURS = (LOSS, VALIDATION, INTERPOLATION)
+
+
+def accuracy_figure(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
+    """Return the accuracy of frozen encoders over the steps of their pretraining, a panel for each task.
+
+    rows: one for each task and recipe: {"task", "recipe", "curve": [{"step", "accuracy": [of each run]}],
+    "scores_untrained": (seeds, splits), "logmel": {"mean"}}. A line is the mean of the runs, its band the least and the most of them; step 0
+    is the untrained encoder. The dashed lines are log-mel statistics in the recipe's front end.
+    """
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    recipes = list(dict.fromkeys(row["recipe"] for row in rows))
+    with style():
+        figure = new_figure(5.2 * len(tasks), 4.4, title)
+        for panel, task in zip(figure.subplots(1, len(tasks), squeeze=False).flat, tasks, strict=True):
+            for row in (row for row in rows if row["task"] == task):
+                colour = RUN_COLOURS[recipes.index(row["recipe"]) % len(RUN_COLOURS)]
+                untrained = np.mean(row["scores_untrained"], axis=1).tolist()
+                steps = [0, *(point["step"] for point in row["curve"])]
+                runs = [untrained, *(point["accuracy"] for point in row["curve"])]
+                low, high = [min(values) for values in runs], [max(values) for values in runs]
+                mean = [float(np.mean(values)) for values in runs]
+                shares = [step / steps[-1] for step in steps]
+                panel.fill_between(
+                    shares, 100 * np.array(low), 100 * np.array(high), color=colour, alpha=0.15
+                )
+                label = f"{row['recipe']} ({steps[-1]} steps)"
+                panel.plot(shares, 100 * np.array(mean), "o-", color=colour, markersize=3, label=label)
+                panel.axhline(100 * row["logmel"]["mean"], color=colour, linewidth=1.0, linestyle=(0, (4, 3)))
+            panel.set_title(task)
+            panel.set_xlabel("share of the pretraining run")
+            panel.set_ylabel("test accuracy, %")
+            panel.grid(alpha=0.3)
+        handles, labels = panel.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(recipes))
+    return figure
+
+
 def _name_classes(panel: Axes, axis: str, classes: Sequence[str], named: bool) -> None:
-    shown = [_shown(name, 24) for name in classes]
+    shown = [shortened(name, 24) for name in classes]
     if axis == "x":
         if named:
             panel.set_xticks(range(len(shown)), shown, rotation=90, parse_math=False)

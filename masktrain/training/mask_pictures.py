@@ -29,26 +29,15 @@ from masktrain.models import registry
 from masktrain.models.input_norm import InputNorm
 from masktrain.models.pretrainer import Pretrainer
 from masktrain.training.checkpoint import load_model
-from masktrain.training.pictures import (
-    DECIBEL,
-    INK,
-    MASKED,
-    MelAxes,
-    _colours,
-    _figure,
-    _patch,
-    _shown,
-    _style,
-    colour_range,
-    mask_grids,
-)
+from masktrain.training.drawing import INK, MASKED, colour_map, new_figure, shortened, style, swatch
+from masktrain.training.pictures import DECIBEL, MelAxes, colour_range, mask_grids
 from masktrain.training.recipe import Recipe
 from masktrain.training.step_view import StepView
 from masktrain.training.weights import find_checkpoint
 from masktrain.types import AudioBatch, Spectrogram, StepKey, TokenLayout
 
 if TYPE_CHECKING:
-    from masktrain.training.pictures import Axes, Figure
+    from masktrain.training.drawing import Axes, Figure
 
 Array = NDArray[Any]
 
@@ -236,14 +225,14 @@ def masks_figure(
         raise ValueError("masks_figure: no clip, or a clip without strategies")
     axes = MelAxes(centre_frequencies(recipe.frontend.mel).numpy(), 1 / recipe.frontend.frame_rate)
     height = sum(1 + len(rows) for _, rows in clips)
-    with _style():
-        figure = _figure(PANEL[0] * (1 + max(hints, 1)) + 1.2, 0.9 + (PANEL[1] + 0.42) * height, title)
+    with style():
+        figure = new_figure(PANEL[0] * (1 + max(hints, 1)) + 1.2, 0.9 + (PANEL[1] + 0.42) * height, title)
         grid = figure.add_gridspec(height, 1 + hints)
         place = 0
         for clip, rows in clips:
             _draw_clip(figure, grid, place, clip, rows, axes, recipe)
             place += 1 + len(rows)
-        figure.legend(handles=[_patch(MASKED, "masked token")], loc="outside upper right")
+        figure.legend(handles=[swatch(MASKED, "masked token")], loc="outside upper right")
         if note:
             figure.supxlabel(note, x=0.008, ha="left", fontsize=8, color=INK)
     return figure
@@ -266,7 +255,7 @@ def _draw_clip(
     seconds, bins = frames * axes.hop_s, float(power.shape[0])
     spectrogram: dict[str, Any] = {
         "extent": (0.0, seconds, 0.0, bins),
-        "cmap": _colours("magma", MASKED),
+        "cmap": colour_map("magma", MASKED),
         "vmin": low,
         "vmax": high,
     }
@@ -275,7 +264,7 @@ def _draw_clip(
 
     panel = figure.add_subplot(grid[place, 0])
     image = _image(panel, power, spectrogram, axes, seconds)
-    panel.set_title(f"log-mel of {_shown(clip.name, 40)}", fontweight="bold", parse_math=False)
+    panel.set_title(f"log-mel of {shortened(clip.name, 40)}", fontweight="bold", parse_math=False)
     panel.set_ylabel("frequency (Hz)")
     _bar(figure, panel, image, "dB")
     cut = "" if clip.whole_seconds <= clip.seconds else f" (the first of {clip.whole_seconds:.3g} s)"
@@ -295,7 +284,7 @@ def _draw_clip(
         bottom, top = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
         shown: dict[str, Any] = {
             "extent": (0.0, reach, 0.0, bins),
-            "cmap": _colours("viridis", MASKED),
+            "cmap": colour_map("viridis", MASKED),
             "vmin": 0.0 if row.is_share else bottom,
             "vmax": 1.0 if row.is_share else max(top, bottom + 1e-6),
         }

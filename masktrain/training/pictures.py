@@ -1,64 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of a run: reconstructions, how often each token was masked, loss and throughput curves.
 
-Each `*_figure` takes numbers and returns a matplotlib figure; `save` writes it as PNG. matplotlib is imported
-at the first call, without its pyplot: no window, no global figure, no settings of the user's.
+Each `*new_figure` takes numbers and returns a matplotlib figure; `drawing.save` writes it as PNG.
 """
 
 from __future__ import annotations
 
-import io
-import logging
 import math
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
-from masktrain.training.storage import write_atomic
+from masktrain.training.drawing import (
+    BASELINE,
+    INK,
+    INTERPOLATION,
+    LOSS,
+    MASKED,
+    RATE,
+    VALIDATION,
+    WAIT,
+    colour_map,
+    new_figure,
+    shortened,
+    style,
+    swatch,
+)
 from masktrain.types import MaskPlan
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from masktrain.training.drawing import Axes, Figure
 
 Array = NDArray[Any]
 
-DPI = 150
 DECIBEL = 10 / math.log(10)  # of a natural-log power
 RANGE_DB = 80.0  # below a clip's maximum, as far as the colours go
 WIDE_COLUMNS = 300  # token columns up to which two clips stand side by side: three pixels a token are left
 RARE = 0.2  # of the plans: what fewer had is not shown
-MASKED = "#c9ced6"
-INK = "#222222"
-# one colour a meaning in all pictures (Okabe-Ito, told apart by colour-blind readers)
-LOSS, VALIDATION, BASELINE, RATE, WAIT = "#0072b2", "#d55e00", "#555555", "#999999", "#cc79a7"
-INTERPOLATION = "#009e73"
-STYLE: Any = {
-    "font.size": 9.0,
-    "axes.titlesize": 9.5,
-    "axes.labelsize": 9.0,
-    "axes.edgecolor": "#666666",
-    "axes.labelcolor": INK,
-    "axes.linewidth": 0.7,
-    "axes.titlelocation": "left",
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "xtick.labelsize": 8.0,
-    "ytick.labelsize": 8.0,
-    "legend.fontsize": 8.0,
-    "legend.frameon": False,
-    "grid.color": "#e3e3e3",
-    "grid.linewidth": 0.7,
-    "lines.linewidth": 1.6,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-}
 
 
 @dataclass(frozen=True)
@@ -133,12 +114,12 @@ def reconstruction_figure(
     widest = max(math.ceil(len(clip.input) / patch_time) for clip in clips)
     columns = 2 if len(clips) > 1 and widest <= WIDE_COLUMNS else 1
     rows = math.ceil(len(clips) / columns)
-    with _style():
-        figure = _figure(13.0, 0.45 + 4.6 * rows, title)
+    with style():
+        figure = new_figure(13.0, 0.45 + 4.6 * rows, title)
         outer = figure.add_gridspec(rows, columns, hspace=0.06, wspace=0.05)
         for index, clip in enumerate(clips):
             _draw_clip(figure, outer[index // columns, index % columns], clip, axes)
-        figure.legend(handles=[_patch(MASKED, "masked")], loc="outside upper right")
+        figure.legend(handles=[swatch(MASKED, "masked")], loc="outside upper right")
         if note:
             figure.supxlabel(note, x=0.008, ha="left", fontsize=8, color=INK)
     return figure
@@ -152,7 +133,7 @@ def _draw_clip(figure: Figure, place: Any, clip: Reconstruction, axes: MelAxes) 
     panels = grid.subplots(sharex=True, sharey=True)
     seen = np.ma.masked_array(truth, clip.masked)
     extent = (0.0, len(truth) * axes.hop_s, 0.0, float(truth.shape[1]))
-    colours = _colours("magma", MASKED)
+    colours = colour_map("magma", MASKED)
     image = None
     positions, labels = axes.ticks(1.25)
     for panel, cells, what in zip(
@@ -174,7 +155,7 @@ def _draw_clip(figure: Figure, place: Any, clip: Reconstruction, axes: MelAxes) 
     seconds = len(truth) * axes.hop_s
     label = "" if clip.median_of is None else f"median error of {clip.median_of} clips: "
     panels[0].set_title(
-        f"{label}{_shown(clip.name, 30)}   {seconds:.3g} s, {100 * share:.0f} % masked\n"
+        f"{label}{shortened(clip.name, 30)}   {seconds:.3g} s, {100 * share:.0f} % masked\n"
         f"squared error {clip.error:.3g} (interpolated in time {clip.error_interpolation:.3g}, per-bin mean "
         f"{clip.error_bin_mean:.3g})",
         parse_math=False,
@@ -261,9 +242,9 @@ def mask_rate_figure(counts: MaskRate, axes: MelAxes, patch_time: int, patch_fre
     mean = float(counts.masked.sum() / counts.drawn.sum())
     chance = 3 * math.sqrt(mean * (1 - mean) / fewest)
     reach = max(chance, float(np.abs(known - mean).max()), 1e-3)
-    with _style():
+    with style():
         single = counts.freq == 1
-        figure = _figure(11.0, 4.2, title)
+        figure = new_figure(11.0, 4.2, title)
         panels = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2.2) if single else (2.2, 1))
         panel, profile = panels
         columns = rate.shape[1]
@@ -274,7 +255,7 @@ def mask_rate_figure(counts: MaskRate, axes: MelAxes, patch_time: int, patch_fre
             aspect="auto",
             extent=(0.0, seconds, 0.0, float(counts.freq * patch_freq)),
             interpolation="nearest",
-            cmap=_colours("RdBu_r", MASKED),
+            cmap=colour_map("RdBu_r", MASKED),
             vmin=mean - reach,
             vmax=mean + reach,
         )
@@ -329,8 +310,8 @@ def loss_figure(rows: Sequence[Mapping[str, Any]], validations: Sequence[Validat
     if not rows:
         raise ValueError("loss_figure: no rows")
     parts = [name for name in rows[0] if name.startswith("loss_") and name != "loss_max"]
-    with _style():
-        figure = _figure(9.0, 4.2 + (2.2 if parts else 0.0), title)
+    with style():
+        figure = new_figure(9.0, 4.2 + (2.2 if parts else 0.0), title)
         grid = figure.add_gridspec(
             2 if parts else 1, max(1, len(parts)), height_ratios=(2, 1) if parts else (1,)
         )
@@ -396,8 +377,8 @@ def error_figure(runs: Mapping[str, Sequence[Validation]], title: str) -> Figure
         raise ValueError("error_figure: no evaluations")
     columns = min(4, len(runs))
     rows = math.ceil(len(runs) / columns)
-    with _style():
-        figure = _figure(max(6.0, 3.1 * columns), 0.7 + 2.7 * rows, title)
+    with style():
+        figure = new_figure(max(6.0, 3.1 * columns), 0.7 + 2.7 * rows, title)
         panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
         for panel in panels.flat[len(runs) :]:
             panel.set_visible(False)
@@ -460,8 +441,8 @@ def throughput_figure(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     data."""
     if not rows:
         raise ValueError("throughput_figure: no rows")
-    with _style():
-        figure = _figure(9.0, 4.6, title)
+    with style():
+        figure = new_figure(9.0, 4.6, title)
         panel, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
         steps, clips = series(rows, "clips_per_s")
         panel.plot(steps, clips, color=LOSS, alpha=0.3, linewidth=1.0)
@@ -505,58 +486,3 @@ def smoothed(values: Array) -> Array:
     total = np.convolve(np.where(known, values, 0.0), window)[reach : reach + len(values)]
     number = np.convolve(known.astype(np.float64), window)[reach : reach + len(values)]
     return np.divide(total, number, out=np.full(len(values), np.nan), where=number > 0.5)
-
-
-# --- matplotlib ---
-
-
-def save(figure: Figure, path: Path) -> bytes:
-    """Write a figure as PNG, whole or not at all, and return its bytes. Raises RunError where it cannot be
-    written."""
-    png = io.BytesIO()
-    with _style(), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Glyph .* missing from font"
-        )  # a clip's name in another script
-        figure.savefig(png, format="png", dpi=DPI)
-    write_atomic(path, png.getvalue())
-    return png.getvalue()
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    """Draw with our settings, whatever the user's matplotlibrc says."""
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it reports its font cache as a warning
-    import matplotlib
-
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
-        yield
-
-
-def _figure(width: float, height: float, title: str) -> Figure:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(_shown(title), x=0.008, ha="left", fontsize=11, fontweight="bold", parse_math=False)
-    return figure
-
-
-def _patch(colour: str, label: str) -> Any:
-    from matplotlib.patches import Patch
-
-    return Patch(facecolor=colour, label=label)
-
-
-def _colours(name: str, bad: str) -> Any:
-    import matplotlib
-
-    return matplotlib.colormaps[name].with_extremes(bad=bad)
-
-
-def _shown(name: str, length: int = 60) -> str:
-    """Return a name in printable characters, its middle left out where it is long."""
-    clean = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
-    half = (length - 3) // 2
-    return clean if len(clean) <= length else f"{clean[:half]}...{clean[-half:]}"

@@ -25,6 +25,7 @@ from masktrain.masking.view import View
 from masktrain.training import loggers, pictures, run_dir
 from masktrain.training.console import Console, duration, percent
 from masktrain.training.distributed import World
+from masktrain.training.drawing import save
 from masktrain.training.kernel_choices import kernel_choices
 from masktrain.training.metrics import Meter, check_finite, peak_flops
 from masktrain.training.monitor import Reading, short_reading
@@ -253,7 +254,7 @@ class Report:
                     self.recipe.tokens.patch_time,
                     LEVELS if getattr(self.recipe.objective, "norm_pix_loss", False) else "",
                 )
-                png = pictures.save(figure, self.run.pictures / f"reconstruction_{step:08d}.png")
+                png = save(figure, self.run.pictures / f"reconstruction_{step:08d}.png")
                 self._tensorboard.picture("reconstruction", step, png)
 
     def probed(self, reading: Reading) -> None:
@@ -317,7 +318,7 @@ class Report:
             self.recipe.tokens.patch_freq,
             f"{self.recipe.name}: mask rate of {self.recipe.masking.name}, {text}",
         )
-        pictures.save(figure, self.run.pictures / "mask_rate.png")
+        save(figure, self.run.pictures / "mask_rate.png")
 
     def finish(
         self, done: int, bad: Sequence[BadClip], notes: Mapping[str, int], summary_json: Path | None
@@ -330,11 +331,11 @@ class Report:
         validations = self.validations()
         if rows and self.recipe.train.pictures:
             title = f"{self.recipe.name}, {self.recipe.size}, {self.recipe.train.steps or done} steps"
-            pictures.save(pictures.loss_figure(rows, validations, title), self.run.pictures / "loss.png")
-            pictures.save(pictures.throughput_figure(rows, title), self.run.pictures / "throughput.png")
+            save(pictures.loss_figure(rows, validations, title), self.run.pictures / "loss.png")
+            save(pictures.throughput_figure(rows, title), self.run.pictures / "throughput.png")
             if any(v.error is not None for v in validations):
                 figure = pictures.error_figure({"held-out clips": validations}, title)
-                pictures.save(figure, self.run.pictures / "error.png")
+                save(figure, self.run.pictures / "error.png")
         summary = summarise(rows, validations, done, self.steps)
         summary |= {
             "recipe": self.recipe.name,

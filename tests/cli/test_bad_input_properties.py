@@ -74,7 +74,7 @@ def asked() -> Iterator[list[RunSpec]]:
     """What would have been trained."""
     specs: list[RunSpec] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "train", lambda spec, summary=None: specs.append(spec))
+        patch.setattr(trainer, "train", lambda spec, summary=None, monitor=None: specs.append(spec))
         yield specs
 
 

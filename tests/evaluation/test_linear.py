@@ -7,7 +7,8 @@ import contextlib
 import io
 import json
 import shutil
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ import torch
 
 from masktrain.cli import _main
 from masktrain.config import to_dict
+from masktrain.evaluation.intervals import paired, t_interval
 from masktrain.evaluation.labels import read_labelled
-from masktrain.evaluation.linear import LinearConfig, evaluate_linear, heard
+from masktrain.evaluation.linear import Against, LinearConfig, evaluate_linear, heard
 from masktrain.evaluation.probe import ProbeConfig
 from masktrain.models import registry
 from masktrain.recipes import find
@@ -159,10 +161,16 @@ def test_pictures_of_layers_and_of_several_labels(
 
 
 def report_of(
-    run: Path, corpus: Path, cache: Path, config: LinearConfig, label: str = "kind"
+    run: Path,
+    corpus: Path,
+    cache: Path,
+    config: LinearConfig,
+    label: str = "kind",
+    against: Sequence[Against] = (),
 ) -> dict[str, Any]:
     labelled = read_labelled(corpus, label=label)
-    return evaluate_linear([run], labelled, config, device=torch.device("cpu"), cache=cache)
+    device = torch.device("cpu")
+    return evaluate_linear([run], labelled, config, against=against, device=device, cache=cache)
 
 
 def test_heads_agree_where_they_must(run: Path, corpus: Path, cache: Path) -> None:
@@ -213,8 +221,28 @@ def test_checkpoints_of_one_recipe_are_also_reported_together(
     together = report["together"]
     assert together["scores"] == one["scores"] + two["scores"]
     assert together["over_checkpoints"]["n"] == 2
-    assert together["against"]["logmel"]["pairs"]["n"] == 20
+    # a checkpoint counts once, whatever number of classifiers was trained on it
+    gap = together["against"]["logmel"]
+    assert gap["pairs"]["n"] == 10 and gap["splits"]["n"] == 5
+    means = np.stack([np.mean(row["scores"], axis=0) for row in (one, two)])
+    logmel = np.array(one["against"]["logmel"]["scores"])
+    expected = paired(means, logmel)
+    assert (gap["pairs"]["low"], gap["pairs"]["high"]) == pytest.approx(
+        (expected.pairs.low, expected.pairs.high)
+    )
     assert one["unfinished"] == 1.0
+
+
+def test_classifiers_on_one_untrained_encoder_are_no_independent_draws(
+    run: Path, corpus: Path, cache: Path
+) -> None:
+    config = LinearConfig(seeds=5, probe=ProbeConfig(epochs=2))
+    (row,) = report_of(run, corpus, cache, config, label="kind", against=["untrained"])["encoders"]
+    ours, theirs = np.array(row["scores"]), np.array(row["against"]["untrained"]["scores"])
+    # seeds 0 and 3 share a draw, as do 1 and 4
+    gaps = [(ours - theirs)[draw::3].mean(0) for draw in range(3)]
+    expected = t_interval(np.concatenate(gaps))
+    assert row["against"]["untrained"]["difference"]["pairs"] == pytest.approx(asdict(expected))
 
 
 def test_pretraining_on_test_clips_is_found_by_path_and_by_content(

@@ -59,6 +59,17 @@ def test_reference_padding_is_attended_and_said(clips: Path, tmp_path: Path) -> 
     assert "of the tokens are padding" in said
 
 
+def test_silence_fills_clips_before_the_front_end(clips: Path, tmp_path: Path) -> None:
+    options = ("--data.padding", "silence", "--data.clip-seconds", "1.5")
+    row, said = tokens_of(clips, tmp_path / "run", "mae_ast_frame", *options)
+    frames = 1 + (int(1.5 * RATE) - 400) // 160
+    assert row["tokens"] == len(FRAMES) * (frames // 2)
+    assert row["padding_share"] == pytest.approx(
+        1 - sum(n // 2 for n in FRAMES) / (len(FRAMES) * (frames // 2))
+    )
+    assert "of the tokens are padding" in said
+
+
 def test_crop_to_the_shortest_of_the_batch(clips: Path, tmp_path: Path) -> None:
     row, _ = tokens_of(clips, tmp_path / "run", "mae_ast_frame", "--data.crop-to-batch-min")
     assert row["tokens"] == len(FRAMES) * (min(FRAMES) // 2)

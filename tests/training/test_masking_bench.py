@@ -190,7 +190,8 @@ def test_rows_agree_with_each_other() -> None:
         assert row["share_of_step"] == pytest.approx(row["median_ms"] / step["median_ms"])
     # 190 x 190 cosines, the Laplacian, its vectors, in float32
     assert found["self_guided_published_eigh"]["peak_memory_bytes"] > 3 * 190 * 190 * 4
-    assert found["random"]["peak_memory_bytes"] < 190 * 64
+    # a few words for each token, and nothing for each pair of them
+    assert found["random"]["peak_memory_bytes"] < 190 * 190
     cached = found["self_guided_cached"]
     with_refresh = cached["median_ms"] + found["self_guided_fresh"]["median_ms"] / cached["refresh_epochs"]
     assert cached["share_of_step_with_refresh"] == pytest.approx(with_refresh / step["median_ms"])

@@ -20,10 +20,9 @@ import pytest
 import torch
 
 from masktrain.errors import RunError
-from masktrain.training import pictures
+from masktrain.training.drawing import DPI, MASKED, save
 from masktrain.training.pictures import (
     DECIBEL,
-    DPI,
     MaskRate,
     MelAxes,
     Reconstruction,
@@ -34,7 +33,6 @@ from masktrain.training.pictures import (
     mask_grids,
     mask_rate_figure,
     reconstruction_figure,
-    save,
     series,
     smoothed,
     throughput_figure,
@@ -103,7 +101,7 @@ def test_the_pixels_of_masked_cells_are_grey_and_no_others() -> None:
     pixels = np.asarray(agg(figure).buffer_rgba())[..., :3]
     box = panels(figure)[1].get_window_extent()
     height = pixels.shape[0]
-    grey = np.array([int(pictures.MASKED[i : i + 2], 16) for i in (1, 3, 5)])
+    grey = np.array([int(MASKED[i : i + 2], 16) for i in (1, 3, 5)])
     for frame in range(8, 96, 16):
         for bin_ in range(8, BINS, 16):
             x = box.x0 + (frame + 0.5) / 96 * box.width
@@ -456,10 +454,10 @@ def test_nothing_depends_on_the_user_s_matplotlib(tmp_path: Path) -> None:
     )
     script = (
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
-        "from masktrain.training import pictures\n"
+        "from masktrain.training import drawing, pictures\n"
         "assert 'matplotlib' not in sys.modules\n"
         "from test_pictures import rows, VALIDATIONS\n"
-        "pictures.save(pictures.loss_figure(rows(), VALIDATIONS, 'run'), Path(sys.argv[2]))\n"
+        "drawing.save(pictures.loss_figure(rows(), VALIDATIONS, 'run'), Path(sys.argv[2]))\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     command = [sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path / "there.png")]

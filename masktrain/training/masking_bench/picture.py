@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from masktrain.training.drawing import BASELINE, INK, LOSS, VALIDATION, new_figure, style, swatch
 from masktrain.training.masking_bench.rows import STEP, exponents
-from masktrain.training.pictures import BASELINE, INK, LOSS, VALIDATION, _figure, _patch, _style
 
 if TYPE_CHECKING:
-    from masktrain.training.pictures import Axes, Figure
+    from masktrain.training.drawing import Axes, Figure
 
 OURS, PUBLISHED, OTHER = LOSS, VALIDATION, BASELINE
 LABELS = {
@@ -45,8 +45,8 @@ def cost_figure(report: Mapping[str, Any]) -> Figure:
     }
     rows = [row for row in rows if row["clips"] == largest[row["recipe"]] and row["strategy"] != STEP]
     scaling: Sequence[Mapping[str, Any]] = report["scaling"]
-    with _style():
-        figure = _figure(12.0, 6.2, "What drawing the masks of a batch costs")
+    with style():
+        figure = new_figure(12.0, 6.2, "What drawing the masks of a batch costs")
         left, right = (
             figure.subplots(1, 2, width_ratios=(1.75, 1.0)) if scaling else (figure.subplots(), None)
         )
@@ -106,7 +106,7 @@ def _draw_shares(panel: Axes, rows: Sequence[Mapping[str, Any]], machine: str) -
     panel.set_xlabel("time to draw the masks / time of the recipe's training step (log scale)")
     panel.set_title(f"as a share of a training step: median of the recipes, and each of them\n{machine}", parse_math=False)  # fmt: skip
     panel.grid(True, axis="x")
-    handles = [_patch(OURS, "ours"), _patch(PUBLISHED, "as published")]
+    handles = [swatch(OURS, "ours"), swatch(PUBLISHED, "as published")]
     for (recipe, grid, clips), marker in zip(recipes, MARKERS, strict=False):
         shown = f"{recipe}, {grid}, {clips} clips"
         handles += panel.plot([], [], marker, color=INK, markersize=5, label=shown)
