@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the measured results of the README from the rows under benchmarks/results.
+"""Writes the measured results into the pages that show them, from the rows under benchmarks/results.
 
-python benchmarks/readme_results.py            # rewrite the section
-python benchmarks/readme_results.py --check    # exit 1 if it is not what the rows say
+python benchmarks/readme_results.py            # rewrite the sections
+python benchmarks/readme_results.py --check    # exit 1 if one is not what the rows say
+
+A section stands between `<!-- NAME -->` and `<!-- /NAME -->`; SECTIONS says which page has which.
 """
 
 from __future__ import annotations
@@ -10,17 +12,11 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 REPO = Path(__file__).resolve().parent.parent
-README = REPO / "README.md"
 RESULTS = REPO / "benchmarks" / "results" / "cpu"
-BEGIN, END = "<!-- results: benchmarks/readme_results.py -->", "<!-- end of results -->"
-
-
-def section() -> str:
-    """Return the section between the markers."""
-    return "\n".join([*learning(), "", *steps(), "", *kernels()])
 
 
 def steps() -> list[str]:
@@ -142,16 +138,168 @@ def kernels() -> list[str]:
     ]
 
 
-def main() -> None:
-    text = README.read_text()
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    wanted = f"{before}{BEGIN}\n{section()}\n{END}{after}"
-    if "--check" in sys.argv:
-        sys.exit(
-            0 if wanted == text else "README.md does not show what benchmarks/results hold; run this script."
+GUIDED = {
+    "random": "`random`",
+    "inverse_block": "`inverse_block`",
+    "inverse_block_published_loop": "... as published, a loop on the host",
+    "dispersion": "`dispersion`",
+    "self_guided_solver": "`self_guided`: the solver alone, features given",
+    "self_guided_cached": "`self_guided`: kept scores (with their refreshes)",
+    "self_guided_early_layer": "`self_guided`: features of an early layer",
+    "self_guided_fresh": "`self_guided`: features of the last layer",
+    "self_guided_published_pca": "... as published, randomised PCA",
+    "self_guided_published_eigh": "... as published, `eigh` of the batch",
+    "self_guided_published_eigh_loop": "... as published, `eigh` clip by clip",
+}
+
+
+def masking() -> list[str]:
+    """Return the table of what masks cost: of each recipe the largest batch."""
+    lines = [json.loads(line) for line in (RESULTS / "masking.jsonl").read_text().splitlines()]
+    rows = [row for row in lines if row["kind"] == "batch"]
+    first: dict[str, Any] = rows[0]
+    clips = max(row["clips"] for row in rows)
+    found = {(row["strategy"], row["recipe"]): row for row in rows if row["clips"] == clips}
+    recipes = {row["recipe"]: row["grid"] for row in rows}
+    growth = {row["strategy"]: [] for row in lines if row["kind"] == "growth"}
+    for row in (row for row in lines if row["kind"] == "growth"):
+        growth[row["strategy"]].append((row["tokens"], row["median_ms"]))
+    lengths = sorted(next(iter(growth.values())))
+    head = [f"`{recipe}`, {grid}" for recipe, grid in recipes.items()]
+    table = [
+        f"| strategy | {' | '.join(head)} | {lengths[0][0]} to {lengths[-1][0]} tokens |",
+        "| --- | " + "--- | " * len(head) + "--- |",
+    ]
+    for name, shown in GUIDED.items():
+        cells = [_cost(found[name, recipe]) for recipe in recipes]
+        times = sorted(growth.get(name, []))
+        grown = f"{_short(times[0][1])} to {_short(times[-1][1])} ms" if times else ""
+        table.append(f"| {shown} | {' | '.join(cells)} | {grown} |")
+    step = [f"{found['training_step', recipe]['median_ms']:.0f} ms" for recipe in recipes]
+    return [
+        f"Time to draw the masks of {clips} clips, and its share of the recipe's whole training step, measured in the "
+        f"same rounds (medians; size {first['size']}, {first['precision']}, {first['threads']} thread of "
+        f"{first['device']}, {first['cpus']} cores, torch {first['torch']}, {first['date']}; load "
+        f"{first['load'][0]:.1f} to {first['load'][1]:.1f}). On the right, how the time of "
+        f"{_clips_of(lines)} clips of given features grows with their length. `benchmarks/masking.py` measures all of "
+        "it; a small model on a CPU has a short step, so that its shares are larger than those of a base model on a "
+        "GPU, which are not measured yet.",
+        "",
+        *table,
+        f"| the training step | {' | '.join(step)} | |",
+    ]
+
+
+def _clips_of(lines: list[dict[str, Any]]) -> int:
+    return next(int(row["clips"]) for row in lines if row["kind"] == "growth")
+
+
+def _cost(row: dict[str, Any]) -> str:
+    share = _percent(row["share_of_step"])
+    if "share_of_step_with_refresh" in row:
+        share += f" ({_percent(row['share_of_step_with_refresh'])})"
+    return f"{_short(row['median_ms'])} ms, {share}"
+
+
+def _percent(share: float) -> str:
+    return f"{_short(100 * share)} %"
+
+
+def _short(value: float) -> str:
+    """Return two significant digits, without an exponent."""
+    return f"{value:.2g}" if value < 10 else f"{value:.0f}"
+
+
+def masking_in_short() -> list[str]:
+    """Return the shares of a training step, medians of the recipes at their largest batch, and the picture."""
+    rows = [json.loads(line) for line in (RESULTS / "masking.jsonl").read_text().splitlines()]
+    clips = max(row["clips"] for row in rows if row["kind"] == "batch")
+    rows = [row for row in rows if row["kind"] == "batch" and row["clips"] == clips]
+    shares = {
+        (name, key): _percent(median(row[key] for row in rows if row["strategy"] == name and key in row))
+        for name in GUIDED
+        for key in ("share_of_step", "share_of_step_with_refresh")
+        if any(row["strategy"] == name and key in row for row in rows)
+    }
+    of = {name: share for (name, key), share in shares.items() if key == "share_of_step"}
+    kept = shares["self_guided_cached", "share_of_step_with_refresh"]
+    return [
+        f"What drawing the masks of {clips} clips costs, as a share of the whole training step (medians of four recipes "
+        f"at size {rows[0]['size']} on one thread, {rows[0]['date']}): random {of['random']}, inverse block "
+        f"{of['inverse_block']}, dispersion {of['dispersion']}; self-guided {of['self_guided_solver']} for the cut alone, "
+        f"{kept} with kept scores and their refreshes, {of['self_guided_fresh']} with a pass of the encoder in every step, "
+        f"{of['self_guided_published_eigh']} as published with `eigh`. The table, and which strategy when, is in "
+        "[STRATEGIES.md](masktrain/masking/STRATEGIES.md).",
+        "",
+        "![Masking strategies as shares of a training step, and how they grow with the clip](benchmarks/results/cpu/masking.png)",
+    ]
+
+
+def evaluation() -> list[str]:
+    """Return the table of what frozen encoders know: the last row of each case."""
+    lines = (RESULTS / "evaluation.jsonl").read_text().splitlines()
+    rows = {(row["protocol"], row["task"], row["recipe"]): row for row in map(json.loads, lines)}
+    first = next(iter(rows.values()))
+    table = [
+        "| probe | task | recipe | accuracy | untrained | above untrained (95 %) | above log-mel (95 %) |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (protocol, task, recipe), row in sorted(
+        rows.items(), key=lambda item: (item[0][0] != "layers", item[0])
+    ):
+        accuracy, untrained = (100 * row[name]["mean"] for name in ("accuracy", "untrained"))
+        gaps = [_gap(row[f"above_{kind}"]) for kind in ("untrained", "logmel")]
+        mark = "*" if row["pretraining"] == "transductive" else ""
+        table.append(
+            f"| {protocol} | {task}{mark} | {recipe} | {accuracy:.1f} | {untrained:.1f} | {' | '.join(gaps)} |"
         )
-    README.write_text(wanted)
+    minutes = [value for row in rows.values() for value in row["pretraining_minutes"]]
+    return [
+        f"Linear classifiers on frozen encoders of size `tiny`, pretrained {min(minutes):.0f} to {max(minutes):.0f} "
+        f"minutes on one thread of {first['cpu']}, {first['cores']} cores, torch {first['packages']['torch']}, "
+        f"{first['date']}: accuracy in %, {len(first['pretraining_seeds'])} pretraining seeds, each against one "
+        "untrained encoder, in pairs over seeds and folds; the interval is the widest of those over pairs and over "
+        'folds. "layers": learned sum of all layers, patches of a frame averaged; "evar": last layer, patches of a frame '
+        "side by side. `benchmarks/evaluation.py` pretrains and measures; the rows hold every command, seed and score.",
+        "",
+        *table,
+        "",
+        "*: pretraining heard these clips, without labels (transductive).",
+        "",
+        "![Accuracy of frozen encoders over the steps of pretraining](benchmarks/results/cpu/evaluation.png)",
+    ]
+
+
+def _gap(above: dict[str, Any]) -> str:
+    ranges = [above[name] for name in ("pairs", "splits") if above[name]]
+    widest = max(ranges, key=lambda one: one["high"] - one["low"])
+    return f"{100 * widest['mean']:+.1f} ({100 * widest['low']:+.1f} to {100 * widest['high']:+.1f})"
+
+
+def readme() -> list[str]:
+    """Return the results that the README shows."""
+    return [*learning(), "", *steps(), "", *masking_in_short()]
+
+
+SECTIONS = {
+    ("README.md", "results"): readme,
+    ("masktrain/masking/STRATEGIES.md", "costs"): masking,
+    ("benchmarks/KERNELS.md", "kernels"): kernels,
+}
+
+
+def main() -> None:
+    for (page, name), section in SECTIONS.items():
+        path = REPO / page
+        text = path.read_text()
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, rest = text.split(begin)
+        _, after = rest.split(end)
+        wanted = "\n".join([f"{before}{begin}", *section(), f"{end}{after}"])
+        if "--check" not in sys.argv:
+            path.write_text(wanted)
+        elif wanted != text:
+            sys.exit(f"{page} does not show what benchmarks/results hold; run this script.")
 
 
 if __name__ == "__main__":

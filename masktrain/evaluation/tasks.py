@@ -59,10 +59,11 @@ class Task:
 
 
 def find_task(name: str) -> Task:
-    """Return the task called `name`. Raises ConfigError."""
-    if name not in TASKS:
-        raise ConfigError(f"--task: no task {name!r}.{nearest(name, TASKS)} Allowed: {', '.join(TASKS)}.")
-    return TASKS[name]
+    """Return the task called `name`, whatever its case and hyphens (ESC-50). Raises ConfigError."""
+    plain = "".join(c for c in name.lower() if c.isalnum())
+    if plain not in TASKS:
+        raise ConfigError(f"--task: no task {name!r}.{nearest(plain, TASKS)} Allowed: {', '.join(TASKS)}.")
+    return TASKS[plain]
 
 
 def read_folder(task: Task, root: Path) -> Table:

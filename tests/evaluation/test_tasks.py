@@ -10,9 +10,9 @@ from pathlib import Path
 import encoders
 import pytest
 
-from masktrain.errors import DataError
+from masktrain.errors import ConfigError, DataError
 from masktrain.evaluation.labels import LabelledSet, read_labelled
-from masktrain.evaluation.tasks import TASKS
+from masktrain.evaluation.tasks import TASKS, find_task
 
 
 def lines(path: Path, *rows: str) -> None:
@@ -166,6 +166,13 @@ def test_damaged_lists(tmp_path: Path) -> None:
     lines(tmp_path / "meta/esc50.csv", "filename,label", "a.wav,dog")
     with pytest.raises(DataError, match="not those of ESC-50"):
         read_labelled(tmp_path, task="esc50")
+
+
+def test_tasks_are_found_as_people_write_them() -> None:
+    for name, key in (("ESC-50", "esc50"), ("Us8K", "us8k"), ("FSD50K", "fsd50k"), ("as20k", "as20k")):
+        assert find_task(name) is TASKS[key]
+    with pytest.raises(ConfigError, match="no task 'ESC-51'.*esc50"):
+        find_task("ESC-51")
 
 
 def test_every_task_of_the_field_is_there() -> None:
