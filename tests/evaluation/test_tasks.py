@@ -171,7 +171,7 @@ def test_damaged_lists(tmp_path: Path) -> None:
 def test_tasks_are_found_as_people_write_them() -> None:
     for name, key in (("ESC-50", "esc50"), ("Us8K", "us8k"), ("FSD50K", "fsd50k"), ("as20k", "as20k")):
         assert find_task(name) is TASKS[key]
-    with pytest.raises(ConfigError, match="no task 'ESC-51'.*esc50"):
+    with pytest.raises(ConfigError, match=r"no task 'ESC-51'.*esc50"):
         find_task("ESC-51")
 
 
