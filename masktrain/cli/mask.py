@@ -120,7 +120,14 @@ def _show(arguments: list[str]) -> None:
     figure = masks_figure(drawn, recipe, len(hints), f"Masks of {recipe.name}", "; ".join(notes))
     save(figure, options.out)
     with Console() as console:
-        console.finish([("written", f"{options.out}: {len(clips)} clips, {len(chosen)} strategies")])
+        console.finish(
+            [
+                (
+                    "written",
+                    f"{options.out}: {len(clips)} clip{'s' * (len(clips) > 1)}, {len(chosen)} strategies",
+                )
+            ]
+        )
 
 
 def _hints(text: str) -> tuple[float, ...]:

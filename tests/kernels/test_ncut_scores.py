@@ -5,7 +5,6 @@ the published partitions and masks, and on what has no sides."""
 from __future__ import annotations
 
 import csv
-import os
 from dataclasses import replace
 from functools import cache
 from itertools import accumulate
@@ -19,6 +18,7 @@ import soundfile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import masktrain
 from torch import Tensor
 
 from masktrain.evaluation.encoder import load_encoder
@@ -169,17 +169,21 @@ def test_untrained_encoder_on_real_audio(data_dir: Path, name: str, columns: int
         check_batch(features.to(dtype), n_tokens, **way, what=f"{name} {dtype} {way}")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_trained_encoder_on_real_audio(data_dir: Path, dtype: torch.dtype) -> None:
-    """Of runs that MASKTRAIN_TRAINED_RUNS names, separated by colons."""
-    runs = os.environ.get("MASKTRAIN_TRAINED_RUNS")
-    if not runs:
-        pytest.skip("no trained encoders; name run folders in MASKTRAIN_TRAINED_RUNS")
-    for run in runs.split(":"):
-        encoder = load_encoder(Path(run), "cpu")
-        for columns in (38, 64):
-            features, n_tokens = features_of(encoder.recipe, encoder.model, data_dir, columns)
-            check_batch(features.to(dtype), n_tokens, what=f"{run} {columns} columns {dtype}")
+@pytest.mark.slow(covers=["kernels/ncut_scores", "csrc/cpu/ncut_scores.cpp"])
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("name", "columns"), [("msm_mae", 38), ("audiomae", 64)])
+def test_trained_encoder_on_real_audio(tmp_path: Path, data_dir: Path, name: str, columns: int) -> None:
+    run = tmp_path / "run"
+    options = ("--size", "tiny", "--device", "cpu", "--steps", 300, "--train.pictures", 0, "--out", run)
+    done = masktrain(
+        "run", "--recipe", name, "--data", data_dir / "esc10.csv", *map(str, options), timeout=1000
+    )
+    assert done.returncode == 0, done.stderr
+    encoder = load_encoder(run, "cpu")
+    features, n_tokens = features_of(encoder.recipe, encoder.model, data_dir, columns)
+    for dtype in (torch.float32, torch.bfloat16):
+        for way in WAYS:
+            check_batch(features.to(dtype), n_tokens, **way, what=f"{name} {dtype} {way}")
 
 
 def graded(n: int, width: int, ratio: float, seed: int, offset: float = 1.0) -> Tensor:
