@@ -241,22 +241,20 @@ def evaluation() -> list[str]:
     rows = {(row["protocol"], row["task"], row["recipe"]): row for row in map(json.loads, lines)}
     first = next(iter(rows.values()))
     table = [
-        "| probe | task | recipe | accuracy | untrained | above untrained (95 %) | above log-mel (95 %) |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| probe | task | recipe | accuracy | untrained | log-mel | above untrained (95 %) | above log-mel (95 %) |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for (protocol, task, recipe), row in sorted(
         rows.items(), key=lambda item: (item[0][0] != "layers", item[0])
     ):
-        accuracy, untrained = (100 * row[name]["mean"] for name in ("accuracy", "untrained"))
+        means = " | ".join(f"{100 * row[name]['mean']:.1f}" for name in ("accuracy", "untrained", "logmel"))
         gaps = [_gap(row[f"above_{kind}"]) for kind in ("untrained", "logmel")]
         mark = "*" if row["pretraining"] == "transductive" else ""
-        table.append(
-            f"| {protocol} | {task}{mark} | {recipe} | {accuracy:.1f} | {untrained:.1f} | {' | '.join(gaps)} |"
-        )
+        table.append(f"| {protocol} | {task}{mark} | {recipe} | {means} | {' | '.join(gaps)} |")
     minutes = [value for row in rows.values() for value in row["pretraining_minutes"]]
     return [
         f"Linear classifiers on frozen encoders of size `tiny`, pretrained {min(minutes):.0f} to {max(minutes):.0f} "
-        f"minutes on one thread of {first['cpu']}, {first['cores']} cores, torch {first['packages']['torch']}, "
+        f"minutes on one thread (beside other work) of {first['cpu']}, {first['cores']} cores, torch {first['packages']['torch']}, "
         f"{first['date']}: accuracy in %, {len(first['pretraining_seeds'])} pretraining seeds, each against one "
         "untrained encoder, in pairs over seeds and folds; the interval is the widest of those over pairs and over "
         'folds. "layers": learned sum of all layers, patches of a frame averaged; "evar": last layer, patches of a frame '
@@ -278,7 +276,7 @@ def _gap(above: dict[str, Any]) -> str:
 
 def readme() -> list[str]:
     """Return the results that the README shows."""
-    return [*learning(), "", *steps(), "", *masking_in_short()]
+    return [*learning(), "", *evaluation(), "", *steps(), "", *masking_in_short()]
 
 
 SECTIONS = {

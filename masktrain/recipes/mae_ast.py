@@ -69,7 +69,8 @@ _SOURCES = (
 
 # The size sets model, batch and learning rate together; nothing else changes.
 BATCH_SIZE = {"tiny": 16, "small": 32, "base": 32}
-LEARNING_RATE = {"tiny": 1e-3, "small": 3e-4, "base": 1e-4}
+# tiny: at 1e-3 the encoder of some seeds (mae_ast_frame, seed 1) ends as a constant.
+LEARNING_RATE = {"tiny": 5e-4, "small": 3e-4, "base": 1e-4}
 
 
 def mae_ast_frame(size: str = "base") -> Recipe:
