@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import signal
 import time
 from collections.abc import Iterator
 from datetime import date
@@ -20,6 +21,9 @@ from pathlib import Path
 import interpreter
 import pytest
 import torch
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and so every process that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Triton decides when a kernel's module is imported whether to interpret it: before anything imports triton.
 if not torch.cuda.is_available():
