@@ -182,8 +182,7 @@ def masking() -> list[str]:
         f"{first['device']}, {first['cpus']} cores, torch {first['torch']}, {first['date']}; load "
         f"{first['load'][0]:.1f} to {first['load'][1]:.1f}). On the right, how the time of "
         f"{_clips_of(lines)} clips of given features grows with their length. `benchmarks/masking.py` measures all of "
-        "it; a small model on a CPU has a short step, so that its shares are larger than those of a base model on a "
-        "GPU, which are not measured yet.",
+        "it. Shares of a base model's step on a GPU are not measured yet.",
         "",
         *table,
         f"| the training step | {' | '.join(step)} | |",

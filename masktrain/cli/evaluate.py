@@ -27,11 +27,8 @@ masktrain evaluate ACTION --help shows the options of an action.
 
 
 @dataclass(frozen=True)
-class KnnOptions:
-    """Classify the test clips of every fold by their nearest training clips in cosine similarity: nothing is learned.
-
-    Each of the k neighbours votes with weight exp(similarity / temperature) (DINO), and in a plain vote with 1.
-    """
+class LabelledOptions:
+    """What is evaluated on which labelled clips."""
 
     checkpoint: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction]
     """A run folder or a checkpoint; may be repeated."""
@@ -45,6 +42,15 @@ class KnnOptions:
     """Column that says train, valid or test."""
     task: str | None = None
     """A known task (ESC-50, US8K, ...): its labels, folds, unit length and metric."""
+
+
+@dataclass(frozen=True)
+class KnnOptions(LabelledOptions):
+    """Classify the test clips of every fold by their nearest training clips in cosine similarity: nothing is learned.
+
+    Each of the k neighbours votes with weight exp(similarity / temperature) (DINO), and in a plain vote with 1.
+    """
+
     k: Annotated[tuple[int, ...], tyro.conf.UseAppendAction] = ()
     """Neighbours; may be repeated; default 1, 10 and 20."""
     temperature: float = 0.07
@@ -97,24 +103,12 @@ class RankOptions:
 
 
 @dataclass(frozen=True)
-class LinearOptions:
+class LinearOptions(LabelledOptions):
     """Train linear classifiers on the frozen features of a checkpoint (EVAR's protocol): all seeds and folds at once.
 
     Folds, splits and labels come from columns of the manifest, or from the known layout of a task.
     """
 
-    checkpoint: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction]
-    """A run folder or a checkpoint; may be repeated."""
-    data: Path
-    """Labelled clips: a manifest with a label column and a fold or split column, or the folder of a task."""
-    label: str | None = None
-    """Column of the labels; default: the one that looks like it."""
-    fold: str | None = None
-    """Column of the folds: each is tested once."""
-    split: str | None = None
-    """Column that says train, valid or test."""
-    task: str | None = None
-    """A known task (ESC-50, US8K, ...): its labels, folds, unit length and metric."""
     head: Literal["last", "layers", "weighted", "attentive"] = "last"
     """One layer; each layer for itself; a learned sum of all layers; a learned query over the tokens of a layer."""
     layer: int | None = None

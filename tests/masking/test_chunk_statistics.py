@@ -11,13 +11,13 @@ import json
 
 import numpy as np
 import torch
+from masks import OFFSETS, mean_z, pairs, rate_z, statistics
 from torch import Tensor
 
 from masktrain.masking import ChunkMasking
 from masktrain.types import Spectrogram, StepKey, TokenGrid, cumulative
 
 AT_ONCE = 1000
-OFFSETS = [(0, 1), (1, 0), (1, 1), (0, 2), (2, 0), (0, 4), (4, 0)]
 
 
 def draw(masking: ChunkMasking, columns: int, freq: int, order: str, draws: int) -> Tensor:
@@ -35,41 +35,6 @@ def draw(masking: ChunkMasking, columns: int, freq: int, order: str, draws: int)
             visible.view(AT_ONCE, columns, freq) if order == "time" else visible.view(AT_ONCE, freq, columns)
         )
     return torch.cat(out)
-
-
-def rate_z(visible: Tensor, rate: np.ndarray, n: int) -> np.ndarray:
-    """z of each token's visible rate; infinite where a rate without spread differs."""
-    draws = len(visible)
-    ours = visible.flatten(1).double().mean(0).numpy()
-    pooled = (rate * n + ours * draws) / (n + draws)
-    error = np.sqrt(pooled * (1 - pooled) * (1 / n + 1 / draws))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(error > 0, (ours - rate) / error, np.where(ours == rate, 0, np.inf))
-
-
-def mean_z(values: Tensor, stored: np.ndarray) -> float:
-    """z of a mean over draws against [mean, its standard error, ...]."""
-    values = values.double()
-    return float((values.mean() - stored[0]) / np.hypot(stored[1], float(values.std()) / len(values) ** 0.5))
-
-
-def statistics(v: Tensor) -> dict[str, Tensor]:
-    """The statistics of golden/README.md of each draw."""
-    above = (v[:, 1:] & v[:, :-1]).sum((1, 2))
-    beside = (v[:, :, 1:] & v[:, :, :-1]).sum((1, 2))
-    count = v.sum((1, 2))
-    return {
-        "nb4": 2 * (above + beside) / count,
-        "nb_row": 2 * above / count,
-        "nb_col": 2 * beside / count,
-        "var_per_row": v.sum(2).double().var(1, correction=0),
-        "var_per_col": v.sum(1).double().var(1, correction=0),
-    }
-
-
-def pairs(v: Tensor) -> list[Tensor]:
-    rows, cells = v.shape[1:]
-    return [(v[:, a:, b:] & v[:, : rows - a, : cells - b]).double().mean((1, 2)) for a, b in OFFSETS]
 
 
 def test_legacy_chunks_follow_the_reference_distribution(golden_dir):
