@@ -29,22 +29,25 @@ from masktrain.training.run_dir import cpu_model
 
 RESULTS = Path(__file__).resolve().parent / "results" / "cpu"
 ROWS, FOLDER = RESULTS / "learning.jsonl", RESULTS / "learning"
-# two to nine minutes each on one core of a busy machine, but for mae_ast_frame: between visible frames of 20 ms linear
-# interpolation is a strong predictor, which takes most of an hour to pass
+# two to nine minutes each on one core of a busy machine, but for the frame recipes: between visible frames of 20 ms
+# linear interpolation is a strong predictor, which takes most of an hour to pass
 STEPS = {
     "mae_ast_frame": 24000,
     "mae_ast_patch": 800,
-    "ssast_frame": 600,
+    "ssast_frame": 12000,
     "ssast_patch": 400,
     "maskspec": 1000,
     "msm_mae": 1000,
     "msm_mae_orig": 400,
     "audiomae": 1000,
 }
-# beside the recipe as it is: in so short a run, and on 3400 clips, what dropout costs in precision it does not pay back
+# beside the recipe as it is: in so short a run, and on 3400 clips, what dropout costs in precision it does not pay back,
+# and SSAST's learned positions have to be met often, which crops of 1.5 s see to
 OPTIONS = {
     "mae_ast_frame": "--model.dropout 0 --model.attention-dropout 0 --model.dropout-input 0 --model.encoder-layerdrop 0 "
     "--optim.lr 1e-3",
+    "ssast_frame": "--model.passes 1 --data.clip-seconds 1.5 --batch-size 16 --optim.lr 7e-4 --schedule.kind cosine "
+    "--schedule.warmup-steps 8000",
 }
 EVALUATIONS = 20
 HELD_OUT = 128
