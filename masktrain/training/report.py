@@ -43,6 +43,8 @@ SHORT_RUN = 1000
 LONG_RUN_EVERY = 50
 PADDING_WARNING = 0.2
 MAP_PLANS = 512
+# encoders of random weights have 0.04 to 0.9, trained ones 0.3 to 0.9, collapsed ones under 1e-10
+COLLAPSED = 1e-3
 ERRORS = ("error", "error_bin_mean", "error_interpolation")
 LEVELS = (
     "The model predicts patches without level and contrast (norm_pix_loss). Both are interpolated in time from the "
@@ -103,6 +105,7 @@ class Report:
         self._warned_padding = False
         self._last_reading = ""
         self._probe_seconds = 0.0
+        self._encoder_spread: float | None = None
         self._began = time.monotonic()
 
     def __enter__(self) -> Report:
@@ -257,6 +260,23 @@ class Report:
                 png = save(figure, self.run.pictures / f"reconstruction_{step:08d}.png")
                 self._tensorboard.picture("reconstruction", step, png)
 
+    def watched(self, step: int, spread: float | None) -> None:
+        """Log the spread of the encoder's outputs, and warn the first time that it has collapsed.
+
+        spread: as `Validator.encoder_spread` gives it.
+        """
+        if spread is None or self._tensorboard is None:
+            return
+        self._tensorboard.log({"step": step, "encoder_spread": spread})
+        if collapsed(spread) and not collapsed(self._encoder_spread):
+            self.console.warn(
+                f"after {step} steps the encoder says the same of every token (spread {spread:.2g}; 0 is the same, "
+                "trained encoders have 0.3 or more): it has collapsed, and only the decoder still learns. Start again "
+                "with a lower --optim.lr or a longer --schedule.warmup-steps; --init-from takes the weights of an "
+                "earlier checkpoint."
+            )
+        self._encoder_spread = spread
+
     def probed(self, reading: Reading) -> None:
         """Log a reading of the model on labelled clips, and say it and what the readings cost so far.
 
@@ -340,6 +360,7 @@ class Report:
         summary |= {
             "recipe": self.recipe.name,
             "size": self.recipe.size,
+            "encoder_spread": self._encoder_spread,
             "bad_clips": [dataclasses.asdict(clip) for clip in bad],
             "clip_notes": dict(notes),
             "seconds": time.monotonic() - self._began,
@@ -351,6 +372,11 @@ class Report:
         if summary_json is not None:
             run_dir.write_json(summary_json, summary)
         self.console.finish(ending(summary, self.run.path))
+
+
+def collapsed(spread: float | None) -> bool:
+    """Whether an encoder of this spread says the same of every token. None, an unknown one, is not taken for collapsed."""
+    return spread is not None and spread < COLLAPSED
 
 
 def is_number(value: Any, *, or_null: bool = False) -> bool:
@@ -475,6 +501,8 @@ def ending(summary: Mapping[str, Any], path: Path) -> list[tuple[str, str]]:
         )
     if summary.get("error") is not None:
         lines.append(("error", errors_of(summary)))
+    if collapsed(summary.get("encoder_spread")):
+        lines.append(("encoder", f"collapsed (spread {summary['encoder_spread']:.2g}): its weights are of no use"))
     if summary.get("probe"):
         lines.append(("probe", probe_ending(summary["probe"])))
     if summary["bad_clips"]:

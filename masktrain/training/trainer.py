@@ -324,6 +324,7 @@ class Trainer:
             self._probe(report, done)
             if done % every == 0 or last:
                 self._save(saver, done)
+                self._watch_encoder(report, validator, done)
             saver.check()
             if last:
                 break
@@ -348,6 +349,13 @@ class Trainer:
                 f"learning rate {self.schedule.lr_at(done, plateau.reduction):.3g} from step {done + 1} on: the loss of "
                 f"the held-out clips has not improved in {plateau.config.patience + 1} evaluations"
             )
+
+    def _watch_encoder(self, report: Report, validator: Validator, done: int) -> None:
+        """See with each checkpoint whether its encoder is worth anything, on the first rank."""
+        if self.world.first:
+            with report.paused():
+                spread = validator.encoder_spread()
+            report.watched(done, spread)
 
     def _probe(self, report: Report, done: int) -> None:
         """Read the model on labelled clips where that is due, on the first rank; the others wait at the next step."""

@@ -133,6 +133,27 @@ class Validator:
         )
         return validation, self._reconstructions(predictions, errors) if predictions else []
 
+    @torch.no_grad()
+    def encoder_spread(self) -> float | None:
+        """Return how far apart the encoder's outputs are, for the visible tokens of the first batch of held-out clips:
+        their variance over their mean square, in [0, 1]; None for a single token.
+
+        It is 0 for an encoder that has collapsed: one that says the same of every token, whatever it reads. Neither
+        the loss nor its gradients need to show that, since the decoder goes on learning without it.
+        """
+        model = self.step.model
+        was_training = model.training
+        model.eval()
+        last = model.encoder.config.layers
+        with self.step.precision.autocast(self.step.world.device):
+            encoded = model.encoded(self.spectrograms[0], self.plans[0][-1], self.mean, self.scale, {last})
+        model.train(was_training)
+        tokens = encoded[last].tokens.double()
+        if len(tokens) < 2:
+            return None
+        square = float(tokens.square().mean())
+        return float((tokens - tokens.mean(0)).square().mean()) / square if square else 0.0
+
     def plans_of_training(self, steps_done: int) -> Iterator[MaskPlan]:
         """Yield a mask of each held-out clip, as the next step of training would draw it."""
         step = self.step
