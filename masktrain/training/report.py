@@ -502,7 +502,9 @@ def ending(summary: Mapping[str, Any], path: Path) -> list[tuple[str, str]]:
     if summary.get("error") is not None:
         lines.append(("error", errors_of(summary)))
     if collapsed(summary.get("encoder_spread")):
-        lines.append(("encoder", f"collapsed (spread {summary['encoder_spread']:.2g}): its weights are of no use"))
+        lines.append(
+            ("encoder", f"collapsed (spread {summary['encoder_spread']:.2g}): its weights are of no use")
+        )
     if summary.get("probe"):
         lines.append(("probe", probe_ending(summary["probe"])))
     if summary["bad_clips"]:
