@@ -71,6 +71,8 @@ def learning() -> list[str]:
     loads = [row["load_before"] for row in rows.values()]
     above = [row for row in rows.values() if row["of_interpolation"] >= 1]
     shares = ", ".join(f"{row['error_interpolation'] / row['error_bin_mean']:.2f}" for row in above)
+    changed = {row["recipe"]: _changed(row["command"]) for row in rows.values()}
+    apart = "; ".join(f"{recipe} with `{options}`" for recipe, options in changed.items() if options)
     short = [
         f"Not yet below interpolation: {', '.join(row['recipe'] for row in above)}, where interpolation's own error is "
         f"{shares} of the per-bin mean's: a visible frame is rarely far from a masked one.",
@@ -82,7 +84,8 @@ def learning() -> list[str]:
         f"{' to '.join(dates)}; other work was running (load {min(loads):.1f} to {max(loads):.1f}), which the minutes "
         f"show. The error is the mean squared error of the masked values of the normalised log-mel on held-out clips, "
         "beside that of two predictors that learn nothing: the mean of each mel bin, and linear interpolation in time "
-        "between the visible frames of the clip. `benchmarks/learning.py` measures it:",
+        "between the visible frames of the clip. The recipes ran as they are, but for what so short a run needs: "
+        f"{apart}. `benchmarks/learning.py` measures it:",
         "",
         f"    {first['command']}",
         "",
@@ -99,6 +102,15 @@ def learning() -> list[str]:
         "![mae_ast_frame: input, what the model saw, reconstruction, of the median clip and of others]"
         "(benchmarks/results/cpu/learning/mae_ast_frame.png)",
     ]
+
+
+def _changed(command: str) -> str:
+    """Return the options of a row's command that change the recipe."""
+    words = command.split()
+    pairs = zip(words[2::2], words[3::2], strict=True)  # behind `masktrain run`
+    shared = {"--recipe", "--size", "--steps", "--device", "--data"}
+    shared |= {"--train.validation-clips", "--schedule.evaluate-every"}
+    return " ".join(f"{name} {value}" for name, value in pairs if name not in shared)
 
 
 LARGE = 256  # clips from which a gathered output is larger than any cache
@@ -240,8 +252,8 @@ def evaluation() -> list[str]:
     rows = {(row["protocol"], row["task"], row["recipe"]): row for row in map(json.loads, lines)}
     first = next(iter(rows.values()))
     table = [
-        "| probe | task | recipe | accuracy | untrained | log-mel | above untrained (95 %) | above log-mel (95 %) |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| probe | task | recipe | steps | accuracy | untrained | log-mel | above untrained (95 %) | above log-mel (95 %) |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for (protocol, task, recipe), row in sorted(
         rows.items(), key=lambda item: (item[0][0] != "layers", item[0])
@@ -249,7 +261,9 @@ def evaluation() -> list[str]:
         means = " | ".join(f"{100 * row[name]['mean']:.1f}" for name in ("accuracy", "untrained", "logmel"))
         gaps = [_gap(row[f"above_{kind}"]) for kind in ("untrained", "logmel")]
         mark = "*" if row["pretraining"] == "transductive" else ""
-        table.append(f"| {protocol} | {task}{mark} | {recipe} | {means} | {' | '.join(gaps)} |")
+        words = row["commands"][0].split()
+        steps = words[words.index("--steps") + 1]
+        table.append(f"| {protocol} | {task}{mark} | {recipe} | {steps} | {means} | {' | '.join(gaps)} |")
     minutes = [value for row in rows.values() for value in row["pretraining_minutes"]]
     return [
         f"Linear classifiers on frozen encoders of size `tiny`, pretrained {min(minutes):.0f} to {max(minutes):.0f} "
