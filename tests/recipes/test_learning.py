@@ -33,3 +33,4 @@ def test_mae_ast_does_not_collapse(tmp_path: Path, data_dir: Path) -> None:
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["error"] < 0.4 * summary["error_bin_mean"]
+    assert summary["encoder_spread"] > 0.3
