@@ -249,7 +249,15 @@ def masking_in_short() -> list[str]:
 def evaluation() -> list[str]:
     """Return the table of what frozen encoders know: the last row of each case."""
     lines = (RESULTS / "evaluation.jsonl").read_text().splitlines()
-    rows = {(row["protocol"], row["task"], row["recipe"]): row for row in map(json.loads, lines)}
+    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+    earlier = []
+    for row in map(json.loads, lines):
+        case = (row["protocol"], row["task"], row["recipe"])
+        if case in rows and case[0] == "layers" and _steps(rows[case]) != _steps(row):
+            earlier.append(
+                f"{row['recipe']} {row['task']} {_gap(rows[case]['above_untrained'])} after {_steps(rows[case])} steps"
+            )
+        rows[case] = row
     first = next(iter(rows.values()))
     table = [
         "| probe | task | recipe | steps | accuracy | untrained | log-mel | above untrained (95 %) | above log-mel (95 %) |",
@@ -261,9 +269,9 @@ def evaluation() -> list[str]:
         means = " | ".join(f"{100 * row[name]['mean']:.1f}" for name in ("accuracy", "untrained", "logmel"))
         gaps = [_gap(row[f"above_{kind}"]) for kind in ("untrained", "logmel")]
         mark = "*" if row["pretraining"] == "transductive" else ""
-        words = row["commands"][0].split()
-        steps = words[words.index("--steps") + 1]
-        table.append(f"| {protocol} | {task}{mark} | {recipe} | {steps} | {means} | {' | '.join(gaps)} |")
+        table.append(
+            f"| {protocol} | {task}{mark} | {recipe} | {_steps(row)} | {means} | {' | '.join(gaps)} |"
+        )
     minutes = [value for row in rows.values() for value in row["pretraining_minutes"]]
     return [
         f"Linear classifiers on frozen encoders of size `tiny`, pretrained {min(minutes):.0f} to {max(minutes):.0f} "
@@ -275,10 +283,17 @@ def evaluation() -> list[str]:
         "",
         *table,
         "",
-        "*: pretraining heard these clips, without labels (transductive).",
+        "*: pretraining heard these clips, without labels (transductive)."
+        + (f" Shorter runs, measured before, above untrained: {'; '.join(earlier)}." if earlier else ""),
         "",
         "![Accuracy of frozen encoders over the steps of pretraining](benchmarks/results/cpu/evaluation.png)",
     ]
+
+
+def _steps(row: dict[str, Any]) -> str:
+    """Return how many steps the encoders of an evaluation were pretrained."""
+    words = row["commands"][0].split()
+    return str(words[words.index("--steps") + 1])
 
 
 def _gap(above: dict[str, Any]) -> str:
