@@ -261,7 +261,7 @@ class Report:
                 self._tensorboard.picture("reconstruction", step, png)
 
     def watched(self, step: int, spread: float | None) -> None:
-        """Log the spread of the encoder's outputs, and warn the first time that it has collapsed.
+        """Log the spread of the encoder's outputs, and warn where it has collapsed since the last look.
 
         spread: as `Validator.encoder_spread` gives it.
         """

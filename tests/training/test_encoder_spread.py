@@ -86,7 +86,7 @@ def test_the_spread_is_variance_over_mean_square() -> None:
     assert held_out.encoder_spread() is None
 
 
-def test_a_run_of_a_collapsed_encoder_says_so_once(tmp_path: Path) -> None:
+def test_a_run_that_stays_collapsed_says_so_once(tmp_path: Path) -> None:
     clips = runs.make_clips(tmp_path / "audio", 24)
     shared = ["run", "--recipe", "mae_ast_frame", *runs.SMALL, "--data", clips]
     done = runs.masktrain(*shared, "--steps", "2", "--out", tmp_path / "first")
