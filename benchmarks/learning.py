@@ -30,7 +30,7 @@ from masktrain.training.run_dir import cpu_model
 RESULTS = Path(__file__).resolve().parent / "results" / "cpu"
 ROWS, FOLDER = RESULTS / "learning.jsonl", RESULTS / "learning"
 # two to nine minutes each on one core of a busy machine, but for the frame recipes: between visible frames of 20 ms
-# linear interpolation is a strong predictor, which takes most of an hour to pass
+# linear interpolation is a strong predictor, which takes half an hour and more to pass
 STEPS = {
     "mae_ast_frame": 24000,
     "mae_ast_patch": 800,

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import math
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -43,7 +42,7 @@ SHORT_RUN = 1000
 LONG_RUN_EVERY = 50
 PADDING_WARNING = 0.2
 MAP_PLANS = 512
-# encoders of random weights have 0.04 to 0.9, trained ones 0.3 to 0.9, collapsed ones under 1e-10
+# encoders of random weights have 0.04 to 0.9, trained ones 0.3 to 0.9, collapsed ones 1e-4 and less
 COLLAPSED = 1e-3
 ERRORS = ("error", "error_bin_mean", "error_interpolation")
 LEVELS = (
@@ -106,7 +105,6 @@ class Report:
         self._last_reading = ""
         self._probe_seconds = 0.0
         self._encoder_spread: float | None = None
-        self._began = time.monotonic()
 
     def __enter__(self) -> Report:
         if self.run is not None:
@@ -267,7 +265,8 @@ class Report:
         """
         if spread is None or self._tensorboard is None:
             return
-        self._tensorboard.log({"step": step, "encoder_spread": spread})
+        if step > self.start:
+            self._tensorboard.log({"step": step, "encoder_spread": spread})
         if collapsed(spread) and not collapsed(self._encoder_spread):
             self.console.warn(
                 f"after {step} steps the encoder says the same of every token (spread {spread:.2g}; 0 is the same, "
@@ -363,7 +362,7 @@ class Report:
             "encoder_spread": self._encoder_spread,
             "bad_clips": [dataclasses.asdict(clip) for clip in bad],
             "clip_notes": dict(notes),
-            "seconds": time.monotonic() - self._began,
+            "seconds": self._meter.elapsed_s if self._meter else 0.0,
             "validation_seconds": self._meter.paused_seconds - self._probe_seconds if self._meter else 0.0,
         }
         if readings := self.readings():

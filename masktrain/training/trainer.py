@@ -311,6 +311,8 @@ class Trainer:
                 report.draw_mask_rate(max(validator.spectrograms[0].lengths))
             self._evaluate(report, validator, 0)
             self._probe(report, 0)
+        else:
+            self._watch_encoder(report, validator, start)
         if start == self.steps:
             return start
         done = start
@@ -351,7 +353,7 @@ class Trainer:
             )
 
     def _watch_encoder(self, report: Report, validator: Validator, done: int) -> None:
-        """See with each checkpoint whether its encoder is worth anything, on the first rank."""
+        """See whether the encoder of a checkpoint is worth anything, on the first rank."""
         if self.world.first:
             with report.paused():
                 spread = validator.encoder_spread()

@@ -10,36 +10,20 @@ from pathlib import Path
 import encoders
 import pytest
 import runs
+import steps
 import torch
 from torch import nn
 
-from masktrain.models import registry
 from masktrain.models.pretrainer import Encoded
 from masktrain.recipes import find
-from masktrain.training import checkpoint, optim, precision, schedule
-from masktrain.training.distributed import World
-from masktrain.training.step import Step
+from masktrain.training import checkpoint
 from masktrain.training.validation import Validator
 
 
 def validator(name: str) -> Validator:
     recipe = find(name, "tiny")
     recipe = replace(recipe, model=replace(recipe.model, encoder_layers=2))
-    world = World(0, 1, torch.device("cpu"), None)
-    torch.manual_seed(0)
-    model = registry.build(recipe.model, recipe.grid, recipe.input_norm)
-    if recipe.input_norm.kind == "per_bin":
-        bins = recipe.frontend.n_mels
-        model.input_norm.set_bins(torch.full((bins,), -6.0), torch.full((bins,), 4.0))
-    step = Step(
-        recipe,
-        model,
-        optim.build(model, recipe.optim, 1e-3),
-        schedule.resolve(recipe.schedule, 2, 1e-3),
-        world,
-        precision.choose("fp32", world.device),
-    )
-    return Validator(step, [encoders.batch((0.7, 1.1, 0.9))], ["a", "b", "c"], 0)
+    return Validator(steps.new_step(recipe), [encoders.batch((0.7, 1.1, 0.9))], ["a", "b", "c"], 0)
 
 
 def flatten(state: dict[str, torch.Tensor], prefix: str) -> None:
@@ -105,3 +89,22 @@ def test_a_run_that_stays_collapsed_says_so_once(tmp_path: Path) -> None:
     assert said.count("the encoder says the same of every token") == 1
     assert "after 1 steps" in said and "--optim.lr" in said and "its weights are of no use" in said
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["encoder_spread"] < 1e-6
+
+
+def test_resuming_a_finished_run_keeps_what_its_summary_says(tmp_path: Path) -> None:
+    """The spread is measured again, and the seconds are those of all processes of the run."""
+    clips = runs.make_clips(tmp_path / "audio", 24)
+    run = tmp_path / "run"
+    done = runs.masktrain(
+        "run", "--recipe", "mae_ast_frame", *runs.SMALL, "--data", clips, "--steps", "2", "--out", run
+    )
+    assert done.returncode == 0, done.stderr
+    spread = json.loads((run / "summary.json").read_text())["encoder_spread"]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows[-1]["elapsed_s"] = 5000.0
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = runs.masktrain("run", "--resume", run)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["encoder_spread"] == spread > 0.02
+    assert 5000 < summary["seconds"] < 5200

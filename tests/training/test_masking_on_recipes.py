@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from steps import new_step
 from torch.utils.flop_counter import FlopCounterMode
 
 from masktrain.errors import ConfigError
@@ -17,10 +18,7 @@ from masktrain.masking.hint import HintConfig
 from masktrain.masking.self_guided import SelfGuidedMasking
 from masktrain.masking.strategies import RandomMasking
 from masktrain.masking.view import View
-from masktrain.models import registry
 from masktrain.recipes import find
-from masktrain.training import optim, precision, schedule
-from masktrain.training.distributed import World
 from masktrain.training.masking_fit import check, put
 from masktrain.training.recipe import Recipe
 from masktrain.training.step import Step
@@ -52,23 +50,6 @@ def under(recipe: Recipe, name: str, **values: Any) -> Recipe:
     if hasattr(recipe.masking, "hint"):
         values = {"hint": NOW, **values}
     return replace(recipe, masking=replace(recipe.masking, **values))
-
-
-def new_step(recipe: Recipe, steps: int = 4) -> Step:
-    torch.manual_seed(0)
-    model = registry.build(recipe.model, recipe.grid, recipe.input_norm)
-    if recipe.input_norm.kind == "per_bin":
-        model.input_norm.set_bins(torch.randn(128), 0.5 + torch.rand(128))
-    world = World(0, 1, torch.device("cpu"), None)
-    resolved = schedule.resolve(recipe.schedule, steps, 1e-3)
-    return Step(
-        recipe,
-        model,
-        optim.build(model, recipe.optim, 1e-3),
-        resolved,
-        world,
-        precision.choose("fp32", world.device),
-    )
 
 
 def audio_of(recipe: Recipe, seconds: tuple[float, ...] = (1.0, 0.6)) -> AudioBatch:

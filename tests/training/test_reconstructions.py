@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from steps import new_step
 from torch import Tensor
 
 from masktrain.frontend.frontend import Frontend
-from masktrain.models import registry
 from masktrain.models.pretrainer import Prediction
 from masktrain.objectives.patches import (
     destandardised,
@@ -24,8 +24,6 @@ from masktrain.objectives.patches import (
     visible_levels,
 )
 from masktrain.recipes import find
-from masktrain.training import optim, precision, schedule
-from masktrain.training.distributed import World
 from masktrain.training.recipe import Recipe
 from masktrain.training.step import Step
 from masktrain.training.validation import Validator, median
@@ -55,22 +53,6 @@ class Known(torch.nn.Module):
         predicted = standardised(patches) if self.norm_pix_loss else patches
         matched = masked_patches(spectrogram.frames, plans[0], mean, scale)
         return Prediction(predicted, predicted, matched)
-
-
-def new_step(recipe: Recipe) -> Step:
-    world = World(0, 1, torch.device("cpu"), None)
-    model = registry.build(recipe.model, recipe.grid, recipe.input_norm)
-    torch.manual_seed(0)
-    if recipe.input_norm.kind == "per_bin":
-        model.input_norm.set_bins(torch.randn(128), 0.2 + torch.rand(128))
-    return Step(
-        recipe,
-        model,
-        optim.build(model, recipe.optim, 1e-3),
-        schedule.resolve(recipe.schedule, 2, 1e-3),
-        world,
-        precision.choose("fp32", world.device),
-    )
 
 
 def audio_of(lengths: tuple[int, ...], rate: int, first: int = 0) -> AudioBatch:
